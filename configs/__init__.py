@@ -1,0 +1,1 @@
+"""Configurations: readable Python files, each with one experiment."""

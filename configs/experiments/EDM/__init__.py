@@ -1,0 +1,1 @@
+"""Experiments with the EDM networks on CIFAR-10."""

@@ -1,0 +1,1 @@
+"""Experiments on two-dimensional data whose flow map is known."""

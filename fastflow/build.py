@@ -1,0 +1,171 @@
+"""From the description of an experiment to its parts, with every check that can be made before."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from fastflow import distributed
+from fastflow.callback import Callback, Driver
+from fastflow.config import Lazy, build, packages_of
+from fastflow.data.dataset import Dataset
+from fastflow.data.loader import Loader
+from fastflow.distributed import World
+from fastflow.errors import CheckpointError, ConfigError
+from fastflow.experiment import Experiment
+from fastflow.method import Companion, FlowMapMethod, Frozen, Networks
+from fastflow.network import Network
+from fastflow.parts import parameters
+from fastflow.rng import fold_in, isolated_rng
+from fastflow.run_dir import load_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a trainer runs: data, networks on their device (sharded), optimizer, callbacks."""
+
+    loader: Loader
+    networks: Networks
+    optimizer: torch.optim.Optimizer
+    callbacks: tuple[Callback, ...]
+
+    @classmethod
+    def of(cls, experiment: Experiment, world: World) -> Parts:
+        """Build an experiment's parts; nothing is written anywhere.
+
+        Raises:
+            ConfigError: parts do not fit each other, or a driver is missing.
+            DataError, CheckpointError: the data or some weights are missing or do not fit.
+        """
+        callbacks = build_callbacks(experiment)
+        _check_world(experiment, world)
+        dataset = build(experiment.data, at="data")
+        student = build_network(experiment, "network", experiment.network)
+        check_fit(experiment.method, student, dataset)
+        if experiment.init_from is not None:
+            _load(student, "init_from", experiment.init_from, experiment)
+        companions = {
+            name: _companion(experiment, name, spec, student)
+            for name, spec in experiment.method.companions().items()
+        }
+        for network in (student, *companions.values()):
+            network.to(world.device)
+            recompute = experiment.parallel.checkpoint and network is student
+            distributed.shard(network, world, experiment.parallel.shard, recompute)
+        return cls(
+            loader=Loader(dataset, experiment.batch_size, experiment.seed, world, student.cond_dim),
+            networks=Networks(student.train(), companions),
+            optimizer=_optimizer(experiment, student),
+            callbacks=callbacks,
+        )
+
+
+def build_callbacks(experiment: Experiment) -> tuple[Callback, ...]:
+    """The callbacks of an experiment: drivers first, then observers, each in their order.
+
+    Raises:
+        ConfigError: a curriculum value that the method needs has no driver, or a value has two.
+    """
+    callbacks = tuple(
+        build(node, at=f"callbacks.{number}") for number, node in enumerate(experiment.callbacks)
+    )
+    drivers = tuple(c for c in callbacks if isinstance(c, Driver))
+    observers = tuple(c for c in callbacks if not isinstance(c, Driver))
+    provided = [name for driver in drivers for name in sorted(driver.provides)]
+    for name in provided:
+        if provided.count(name) > 1:
+            raise ConfigError(
+                f"callbacks: {provided.count(name)} drivers provide {name!r}, 1 accepted; remove "
+                f"all but one"
+            )
+    for name in sorted(experiment.method.needs - set(provided)):
+        raise ConfigError(
+            f"callbacks: {type(experiment.method).__name__} needs the curriculum value {name!r} "
+            f"and no driver provides it (provided: {', '.join(provided) or 'none'}); add "
+            f"{_driver_line(name)} to callbacks"
+        )
+    return (*drivers, *observers)
+
+
+def _driver_line(name: str) -> str:
+    schedules = {"ratio": "RatioStages(q=2, kimg_per_stage=...)", "N": "SqrtDiscretization()"}
+    return f"lazy(CTScheduleCallback, schedule={schedules.get(name, '...')})"
+
+
+def build_network(experiment: Experiment, key: str, node: Lazy) -> Network:
+    """A network with its initial weights, which follow from the experiment's seed alone."""
+    with isolated_rng(fold_in(experiment.seed, "init", key), torch.device("cpu")):
+        network: Network = build(node, at=key)
+    return network
+
+
+def check_fit(method: FlowMapMethod, network: Network, dataset: Dataset) -> None:
+    """Raise ConfigError unless method, network and data speak of the same thing."""
+    kind = type(method).__name__
+    if network.predicts != method.expects:
+        raise ConfigError(
+            f"network: predicts {network.predicts!r}, but {kind} expects {method.expects!r}"
+        )
+    if method.two_times and not network.two_times:
+        raise ConfigError(f"network: takes one time, but {kind} trains a network of two times")
+    if network.sample_shape != dataset.shape:
+        raise ConfigError(
+            f"network: made for samples {network.sample_shape}, but the data {dataset.name!r} has "
+            f"{dataset.shape}"
+        )
+
+
+def _check_world(experiment: Experiment, world: World) -> None:
+    if experiment.precision == "fp16" and world.device.type == "cpu":
+        raise ConfigError("precision: 'fp16' given, accepted on a CPU: fp32, bf16")
+
+
+def _companion(experiment: Experiment, name: str, spec: Companion, student: Network) -> Network:
+    if not isinstance(spec, Frozen):  # a target starts as the student and keeps its dropout
+        network = build_network(experiment, "network", experiment.network)
+        network.load_state_dict(student.state_dict())
+        return network.train().requires_grad_(False)
+    network = build_network(experiment, name, spec.network or experiment.network)
+    if network.sample_shape != student.sample_shape:
+        raise ConfigError(
+            f"{name}: made for samples {network.sample_shape}, but the student has "
+            f"{student.sample_shape}"
+        )
+    if spec.weights is not None:
+        _load(network, f"{name} weights", spec.weights, experiment)
+    return network.eval().requires_grad_(False)
+
+
+def _load(network: Network, key: str, source: str, experiment: Experiment) -> None:
+    try:
+        load_weights(network, Path(source), packages_of(experiment))
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}") from error
+
+
+# What torch's optimizers raise for a value out of range; they check it, but not for us.
+_REFUSALS = (ValueError, TypeError, RuntimeError)
+
+
+def _optimizer(experiment: Experiment, student: Network) -> torch.optim.Optimizer:
+    node = experiment.optimizer
+    try:
+        optimizer: torch.optim.Optimizer = build(node, params=list(student.parameters()))
+    except _REFUSALS as error:
+        raise ConfigError(
+            f"{_refused(node)} (torch.optim.{node.target.__name__}: {error})"
+        ) from error
+    return optimizer
+
+
+def _refused(node: Lazy) -> str:
+    """Which argument of an optimizer is refused: the first that cannot be used by itself."""
+    for name, value in node.kwargs.items():
+        try:
+            node.target(params=[torch.zeros(1, 1)], **{name: value})
+        except _REFUSALS:
+            default = parameters(node.target)[name].default
+            return f"optimizer.{name}: {value} given, accepted e.g. {default}"
+    return "optimizer: these arguments do not fit each other or the network"

@@ -1,0 +1,254 @@
+"""The command line: fastflow train | sample | evaluate | compare | doctor.
+
+Exit status: 0 done; 2 a mistake in what was given (one line on stderr, nothing written);
+3 training diverged; 130 or 143 stopped by SIGINT or SIGTERM, in training after the step was
+finished and saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastflow import __version__
+from fastflow.errors import ConfigError, DivergenceError, FastflowError
+
+RUNS = Path("runs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        # argparse takes options and positional words in one order only; overrides go anywhere.
+        arguments.overrides = _overrides(arguments, rest)
+        status: int = arguments.run(arguments)
+    except DivergenceError as error:
+        return _fail(str(error), 3)
+    except FastflowError as error:
+        return _fail(str(error), 2)
+    except OSError as error:  # a full disk, a missing permission
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("aborted; what was saved before is complete", 128 + signal.SIGINT)
+    return status
+
+
+def _overrides(arguments: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    for word in rest:
+        if word.startswith("-") or "=" not in word or not arguments.takes_overrides:
+            accepted = "KEY=VALUE and the options" if arguments.takes_overrides else "the options"
+            raise ConfigError(
+                f"{word!r} given, accepted here: {accepted} of "
+                f"'fastflow {arguments.command} --help'"
+            )
+    return list(rest)
+
+
+def _fail(text: str, status: int) -> int:
+    print(f"fastflow: {' '.join(text.split())}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and without guesses at shortened options."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fastflow: {message}; see '{self.prog} --help'\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fastflow", description="Flow-map generative models: train, sample, evaluate, compare."
+    )
+    parser.add_argument("--version", action="version", version=f"fastflow {__version__}")
+    parser.set_defaults(takes_overrides=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train an experiment; run again to resume")
+    _config(train, required=True)
+    train.add_argument("--run-dir", type=Path, help="default: runs/NAME")
+    _device(train)
+    train.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the resolved experiment"
+    )
+    train.set_defaults(run=_train)
+
+    sample = commands.add_parser("sample", help="write a picture (or .npz) of samples")
+    _model(sample)
+    sample.add_argument("--steps", type=int, default=1, help="network calls (default 1)")
+    sample.add_argument("--times", type=_floats, help="intermediate times, e.g. 0.821")
+    sample.add_argument("--seeds", type=_seeds, default=range(64), help="e.g. 0-63 (default)")
+    sample.add_argument("--label", type=int, help="class; default: all in turn when conditional")
+    sample.add_argument(
+        "--out", type=_picture, help="a .png or .npz file; default: a .png beside the model"
+    )
+    sample.set_defaults(run=_sample)
+
+    evaluate = commands.add_parser("evaluate", help="measure a trained model, e.g. its FID")
+    _model(evaluate)
+    evaluate.epilog = "evaluation.KEY=VALUE overrides how it is measured"
+    evaluate.set_defaults(run=_evaluate, takes_overrides=True)
+
+    compare = commands.add_parser("compare", help="measured results beside the published ones")
+    compare.add_argument("folder", type=Path, nargs="?", default=RUNS, help="default: runs")
+    compare.add_argument("--format", choices=("text", "markdown", "csv", "json"), default="text")
+    compare.set_defaults(run=_compare)
+
+    doctor = commands.add_parser("doctor", help="check installation, data and a configuration")
+    _config(doctor, required=False)
+    _device(doctor)
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _config(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--config", type=Path, required=required, help="a configuration .py or a saved .yaml"
+    )
+    parser.epilog = "KEY=VALUE anywhere overrides the configuration, e.g. batch_size=256"
+    parser.set_defaults(takes_overrides=True)
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="a run directory or a folder of weights")
+    parser.add_argument("--weights", help="student or an EMA's name; default: the first EMA")
+    _device(parser)
+
+
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} given, accepted: e.g. 5.3,0.821") from None
+
+
+def _seeds(text: str) -> range:
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if last < first:
+        raise argparse.ArgumentTypeError(f"{text!r} given, accepted: e.g. 7 or 0-63")
+    return range(first, last + 1)
+
+
+def _picture(text: str) -> Path:
+    if not text.endswith((".png", ".npz")):
+        raise argparse.ArgumentTypeError(f"{text!r} given, accepted: a .png or .npz file")
+    return Path(text)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from fastflow import summary
+    from fastflow.build import Parts
+    from fastflow.config import load_experiment, override, to_yaml
+    from fastflow.distributed import world
+    from fastflow.experiment import Experiment
+    from fastflow.trainer import Trainer
+
+    experiment = override(load_experiment(arguments.config, kind=Experiment), arguments.overrides)
+    with world(arguments.device) as here:
+        if arguments.dry_run:
+            Parts.of(experiment, here)
+            print(to_yaml(experiment), end="")
+            return 0
+        run_dir = arguments.run_dir or RUNS / experiment.name
+        trainer = Trainer(experiment, run_dir, here)
+        if here.is_main:
+            print(summary.start(trainer))
+        state = trainer.fit()
+        if here.is_main:
+            print(summary.end(trainer))
+    if state.step < experiment.steps and state.stop in ("SIGINT", "SIGTERM"):
+        return 128 + signal.Signals[state.stop]
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    import numpy
+    import torch
+
+    from fastflow.distributed import world
+    from fastflow.evaluation.evaluate import class_rows
+    from fastflow.model import Model
+    from fastflow.pictures import save_samples
+
+    seeds, steps = arguments.seeds, arguments.steps
+    with world(arguments.device) as here:
+        model = Model.load(arguments.model, arguments.weights, here.device)
+        times = model.times(steps, arguments.times)
+        cond = class_rows(seeds, model.cond_dim, arguments.label)
+        size = model.experiment.evaluation.batch_size
+        parts = []
+        for rows in (slice(start, start + size) for start in range(0, len(seeds), size)):
+            some = None if cond is None else cond[rows]
+            parts.append(model.sample(seeds[rows], steps, times[1:], some).cpu())
+    samples = torch.cat(parts)
+    name = f"{model.weights_name}_step{model.step:08d}_{steps}step.png"
+    out = arguments.out or arguments.model / "samples" / name
+    if out.suffix == ".npz":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        numpy.savez(out, samples=samples.numpy(), seeds=list(seeds), times=times)
+    else:
+        save_samples(samples, out)
+    grid = ", ".join(f"{t:g}" for t in times)
+    print(f"{len(seeds)} samples, NFE {model.nfe(steps)}, t = {grid}: {out}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from fastflow.config import build, override
+    from fastflow.distributed import world
+    from fastflow.evaluation.compare import table
+    from fastflow.evaluation.evaluate import evaluate
+    from fastflow.evaluation.results import record
+    from fastflow.model import Model
+
+    for text in arguments.overrides:
+        if not text.startswith("evaluation."):
+            raise ConfigError(f"{text!r} given, accepted: evaluation.KEY=VALUE")
+    with world(arguments.device) as here:
+        model = Model.load(arguments.model, arguments.weights, here.device)
+        experiment = override(model.experiment, arguments.overrides)
+        model = dataclasses.replace(model, experiment=experiment)
+        dataset = build(experiment.data, at="data")
+        report = _progress if here.is_main else None
+        results = evaluate(model, experiment.evaluation, dataset, here, progress=report)
+        if here.is_main:
+            print(table(results))
+            print(f"recorded in {record(arguments.model, results)}")
+    return 0
+
+
+def _progress(what: str, done: int, total: int) -> None:
+    if sys.stderr.isatty() or done == total:
+        end = "\n" if done == total else ""
+        print(f"\r{what}: {done:,} of {total:,} samples", end=end, file=sys.stderr, flush=True)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from fastflow.evaluation.compare import compare
+
+    print(compare(arguments.folder, arguments.format))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fastflow.doctor import examine
+
+    report = examine(arguments.config, arguments.overrides, arguments.device)
+    print(report.text)
+    return 0 if report.healthy else 2

@@ -1,0 +1,1 @@
+"""Datasets, the resumable sampler and the batch type."""

@@ -1,0 +1,154 @@
+"""Batches for training: shuffled, infinite, and resumable from the step number alone."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from fastflow.data.batch import Batch
+from fastflow.data.dataset import Dataset
+from fastflow.distributed import World
+from fastflow.errors import ConfigError, DataError
+from fastflow.rng import Draws, fold_in
+
+Samples = tuple[Tensor, Tensor | None]
+
+
+class Loader:
+    """Divides one global stream of samples into steps, and each step among the processes.
+
+    Sample j of step k stands at position k * batch_size + j of the stream, which is a fresh
+    permutation of the dataset per epoch, drawn from (seed, epoch). Nothing else is remembered, so
+    a resume needs the step alone, and the division among processes does not change the stream.
+
+    Args:
+        dataset: where samples come from.
+        batch_size: samples per step over all processes.
+        seed: of the order and of the batches' draws.
+        world: this process.
+        cond_dim: width of the one-hot class rows the network takes, 0 for no condition.
+        workers: background processes for datasets that decode; 0 decodes in this process.
+
+    Raises:
+        ConfigError: the batch cannot be divided, or the classes do not fit the network.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        world: World,
+        cond_dim: int,
+        workers: int = 2,
+    ) -> None:
+        if batch_size < 1 or batch_size % world.size:
+            raise ConfigError(
+                f"batch_size: {batch_size} given, accepted: a positive multiple of the "
+                f"{world.size} processes (world size), as each takes an equal share"
+            )
+        if workers < 0:
+            raise ConfigError(f"workers: {workers} given, 0 or more accepted")
+        if cond_dim not in (0, dataset.num_classes):
+            raise ConfigError(
+                f"network.cond_dim: {cond_dim} given, but dataset {dataset.name} has "
+                f"{dataset.num_classes} classes: accepted are cond_dim={dataset.num_classes}"
+                + (" or cond_dim=0 for a model without classes" if dataset.num_classes else "")
+            )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.world = world
+        self.cond_dim = cond_dim
+        self.workers = workers
+        share = batch_size // world.size
+        self._rows = torch.arange(world.rank * share, (world.rank + 1) * share)
+        # A batch touches at most one epoch's end in the usual case, hence two.
+        self._order = functools.lru_cache(maxsize=2)(self._permutation)
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """This process's share of each step from `start_step` on, without end.
+
+        Raises:
+            DataError: a sample cannot be read, or a background worker died.
+        """
+        for step, (x, labels) in enumerate(self._samples(start_step), start_step):
+            yield self._batch(step, x, labels)
+
+    def indices(self, step: int) -> Tensor:
+        """Indices into the dataset of this process's share of a step, int64 [B / processes]."""
+        positions = step * self.batch_size + self._rows
+        epochs = positions // len(self.dataset)
+        offsets = positions % len(self.dataset)
+        indices = torch.empty_like(positions)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            now = epochs == epoch
+            indices[now] = self._order(epoch)[offsets[now]]
+        return indices
+
+    def _permutation(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(fold_in(self.seed, "order", epoch))
+        return torch.randperm(len(self.dataset), generator=generator)
+
+    def _samples(self, start_step: int) -> Iterator[Samples]:
+        indices = map(self.indices, itertools.count(start_step))
+        if self.dataset.decodes and self.workers:
+            return _prefetch(self.dataset, indices, self.workers)
+        return map(self.dataset.fetch, indices)
+
+    def _batch(self, step: int, x: Tensor, labels: Tensor | None) -> Batch:
+        draws = Draws(self.seed, step, self._rows, self.world.device)
+        x = self._move(x)
+        if self.dataset.flip:
+            mirrored = draws.uniform("flip", (1,) * (x.ndim - 1)) < 0.5
+            x = torch.where(mirrored, x.flip(-1), x)
+        cond = None
+        if self.cond_dim:
+            assert labels is not None, "a dataset with classes returns labels"
+            cond = self._move(torch.eye(self.cond_dim)[labels])
+        return Batch(x=x, cond=cond, augment=None, draws=draws)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        # From pinned memory, or the copy to an accelerator would wait for it.
+        if self.world.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.world.device, non_blocking=True)
+
+
+class _Fetch(torch.utils.data.Dataset[Samples | DataError]):
+    """Fetches a whole batch in a worker; an error travels as a value and keeps its one line."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, indices: list[int]) -> Samples | DataError:
+        try:
+            return self.dataset.fetch(torch.tensor(indices))
+        except DataError as error:
+            return error
+
+
+def _prefetch(dataset: Dataset, indices: Iterable[Tensor], workers: int) -> Iterator[Samples]:
+    """Fetch batches ahead of time in background processes, in order."""
+    loader: torch.utils.data.DataLoader[Samples | DataError] = torch.utils.data.DataLoader(
+        _Fetch(dataset),
+        batch_size=None,
+        sampler=(batch.tolist() for batch in indices),
+        num_workers=workers,
+        # Its own, or starting would advance the global generator.
+        generator=torch.Generator(),
+    )
+    batches = iter(loader)
+    while True:
+        try:
+            samples = next(batches)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{dataset.name}: a background worker failed: {reason}") from error
+        if isinstance(samples, DataError):
+            raise samples
+        yield samples

@@ -1,0 +1,1 @@
+"""FID, step sweeps, expected results and the comparison of runs."""

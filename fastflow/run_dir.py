@@ -1,0 +1,224 @@
+"""What lies in a run directory: the resolved experiment, checkpoints, weights for inference.
+
+runs/cm_digits/
+    experiment.yaml     the resolved experiment; can be trained from again
+    checkpoints/        training state (fastflow/checkpoint.py)
+    weights/            one .safetensors for the student and for each EMA, and model.yaml
+    log.jsonl, samples/, results.json ...   written by callbacks and by evaluation
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fastflow import checkpoint
+from fastflow.callback import Driver
+from fastflow.config import diff, from_plain, load_yaml, packages_of, read_yaml, save_yaml
+from fastflow.errors import CheckpointError, ConfigError, one_of
+from fastflow.evaluation.spec import Evaluation
+from fastflow.experiment import Experiment, Parallel
+from fastflow.state import TrainState
+from fastflow.weights import gathered, load_strict, read_weights, write_weights
+
+EXPERIMENT = "experiment.yaml"
+WEIGHTS = "weights"
+MODEL = "model.yaml"
+STUDENT = "student"
+
+
+def check(run_dir: Path, experiment: Experiment) -> None:
+    """Make sure that a directory is free, or holds a run of this experiment; nothing is written.
+
+    What does not change the weights may differ: observers, evaluation, expected results and how
+    the batch is divided.
+
+    Raises:
+        ConfigError: it holds something else, and the text lists what differs; or it cannot be
+            used.
+        CheckpointError: it holds trained weights, but nothing to continue from.
+    """
+    stored = run_dir / EXPERIMENT
+    try:
+        if not stored.exists():
+            if run_dir.exists() and any(run_dir.iterdir()):
+                raise ConfigError(
+                    f"{run_dir} is not empty and holds no run; choose another directory with "
+                    f"--run-dir"
+                )
+            return
+        before = load_yaml(stored, allow=packages_of(experiment))
+    except OSError as error:
+        raise _unusable(run_dir, error) from error
+    if not isinstance(before, Experiment):
+        raise ConfigError(f"{stored} describes no experiment; choose another directory")
+    changes = diff(_essence(before), _essence(experiment))
+    if changes:
+        raise ConfigError(
+            f"{run_dir} holds a run of another configuration ({'; '.join(changes)}); choose "
+            f"another directory with --run-dir, or remove this one"
+        )
+    if checkpoint.latest(run_dir) is None and (run_dir / WEIGHTS / MODEL).exists():
+        raise CheckpointError(
+            f"{run_dir} holds trained weights but no checkpoint to continue from; choose another "
+            f"directory with --run-dir, or remove this one to train again"
+        )
+
+
+def claim(run_dir: Path, experiment: Experiment) -> None:
+    """Make a directory that `check` accepted the experiment's own.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_yaml(experiment, run_dir / EXPERIMENT)
+    except OSError as error:
+        raise _unusable(run_dir, error) from error
+
+
+def _unusable(run_dir: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"run directory {run_dir} cannot be used: {error.strerror}; choose another with --run-dir"
+    )
+
+
+def _essence(experiment: Experiment) -> Experiment:
+    drivers = tuple(c for c in experiment.callbacks if issubclass(c.target, Driver))
+    return dataclasses.replace(
+        experiment,
+        callbacks=drivers,
+        parallel=Parallel(),
+        expected=(),
+        published={},
+        evaluation=Evaluation(metrics=()),
+    )
+
+
+def export(state: TrainState) -> None:
+    """Write the weights for inference with their description; every process must call it.
+
+    Raises:
+        CheckpointError: the disk refused.
+    """
+    folder, world = state.run_dir / WEIGHTS, state.world
+    sets: dict[str, Mapping[str, Tensor]] = {
+        name: ema.state_dict() for name, ema in state.emas.items()
+    }
+    sets[STUDENT] = state.networks.student.state_dict()
+    for name, tensors in sets.items():
+        header = {"weights": name, "step": str(state.step), "images": str(state.images)}
+        whole = gathered(tensors, keep=world.is_main)
+        path = folder / f"{name}.safetensors"
+        world.on_main(functools.partial(write_weights, path, whole, header))
+    description = {
+        "step": state.step,
+        "images": state.images,
+        "weights": list(sets),
+        "experiment": state.experiment,
+    }
+    world.on_main(lambda: save_yaml(description, folder / MODEL))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A trained model on disk, before its weights are read.
+
+    Attributes:
+        folder: a run directory, or a folder of exported weights.
+        experiment: what was trained.
+        step, images: how far.
+        names: its sets of weights, the preferred one first.
+    """
+
+    folder: Path
+    experiment: Experiment
+    step: int
+    images: int
+    names: tuple[str, ...]
+
+
+def find(source: Path, allow: tuple[str, ...] = ()) -> Stored:
+    """Look at a run directory or a folder of exported weights.
+
+    Raises:
+        CheckpointError: there is no trained model.
+        ConfigError: its description names a class outside the allowed packages.
+    """
+    if source.is_dir() and (source / MODEL).exists():
+        return _exported(source, allow)
+    if not (source / EXPERIMENT).exists():
+        raise CheckpointError(
+            f"{source} holds no trained model: give a run directory (with {EXPERIMENT}) or a "
+            f"folder of exported weights (with {MODEL})"
+        )
+    newest = checkpoint.latest(source)
+    meta = checkpoint.read_meta(newest) if newest is not None else None
+    if (source / WEIGHTS / MODEL).exists():
+        exported = _exported(source / WEIGHTS, allow)
+        if meta is None or exported.step >= meta["step"]:
+            return exported
+    if newest is None or meta is None:
+        raise CheckpointError(f"{source} holds no checkpoint and no weights yet: train it first")
+    experiment = _experiment(read_yaml(source / EXPERIMENT), allow, source / EXPERIMENT)
+    return Stored(newest, experiment, meta["step"], meta["images"], (*meta["emas"], STUDENT))
+
+
+def _exported(folder: Path, allow: tuple[str, ...]) -> Stored:
+    file = folder / MODEL
+    try:
+        description = read_yaml(file)
+        step, images = int(description["step"]), int(description["images"])
+        names, plain = tuple(description["weights"]), description["experiment"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} is no model description: {error}") from error
+    return Stored(folder, _experiment(plain, allow, file), step, images, names)
+
+
+def _experiment(plain: object, allow: tuple[str, ...], source: Path) -> Experiment:
+    try:
+        experiment = from_plain(plain, allow)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    if not isinstance(experiment, Experiment):
+        raise CheckpointError(f"{source} describes no experiment")
+    return experiment
+
+
+def read(stored: Stored, name: str | None, network: nn.Module) -> tuple[str, dict[str, Tensor]]:
+    """A set of weights and its name; None takes the preferred one (the first EMA).
+
+    Raises:
+        CheckpointError: no such set, or it cannot be read.
+    """
+    name = stored.names[0] if name is None else name
+    if name not in stored.names:
+        raise CheckpointError(
+            f"{stored.folder} has no weights {name!r}: {one_of(name, stored.names)}"
+        )
+    if (stored.folder / MODEL).exists():
+        return name, read_weights(stored.folder / f"{name}.safetensors")
+    return name, checkpoint.read_checkpoint_weights(stored.folder, name, network.state_dict())
+
+
+def load_weights(network: nn.Module, source: Path, allow: tuple[str, ...] = ()) -> None:
+    """Load a .safetensors file, or the preferred weights of a run directory or weights folder.
+
+    Args:
+        network: unsharded; every name and shape must fit.
+        source: the file or directory.
+        allow: packages beside fastflow's own that a directory's description may name.
+
+    Raises:
+        CheckpointError: there are none, or they do not fit.
+    """
+    if source.is_dir():
+        weights = read(find(source, allow), None, network)[1]
+    else:
+        weights = read_weights(source)
+    load_strict(network, weights, source)

@@ -1,0 +1,73 @@
+"""What callbacks see of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastflow.distributed import World
+from fastflow.ema import EMA
+from fastflow.experiment import Experiment
+from fastflow.method import FlowMapMethod, Loss, Networks
+from fastflow.progress import Progress
+
+
+@dataclasses.dataclass
+class TrainState:
+    """A run in memory.
+
+    Attributes:
+        experiment: its resolved description.
+        method: the method being trained.
+        world: rank, number of processes, device.
+        networks: student and companions.
+        emas: evaluation EMAs by name, filled by EMA callbacks in `setup`.
+        optimizer: over the student's parameters.
+        run_dir: where everything is written; rank 0 writes, unless said otherwise.
+        step: optimizer steps finished.
+        curriculum: values the drivers wrote for the current step.
+        loss: the local losses of the last step, detached: per_sample [B_local], times [B_local].
+        metrics: scalars of the last step by name: tensors on the device (read them only where
+            they are logged: reading waits for the device) or plain numbers.
+        stop: the reason why the run was asked to stop after this step, or None.
+        saver: writes a checkpoint of this moment; set by the trainer.
+    """
+
+    experiment: Experiment
+    method: FlowMapMethod
+    world: World
+    networks: Networks
+    optimizer: torch.optim.Optimizer
+    run_dir: Path
+    emas: dict[str, EMA] = dataclasses.field(default_factory=dict)
+    step: int = 0
+    curriculum: dict[str, float] = dataclasses.field(default_factory=dict)
+    loss: Loss | None = None
+    metrics: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)
+    stop: str | None = None
+    saver: Callable[[], Path] | None = None
+
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint of this moment; every process must call it. Returns its folder."""
+        assert self.saver is not None, "the trainer sets the saver"
+        return self.saver()
+
+    @property
+    def images(self) -> int:
+        """Training images seen."""
+        return self.step * self.experiment.batch_size
+
+    @property
+    def now(self) -> Progress:
+        """This moment, as methods and schedules see it."""
+        return Progress(
+            step=self.step,
+            images=self.images,
+            total_steps=self.experiment.steps,
+            batch_size=self.experiment.batch_size,
+            curriculum=dict(self.curriculum),
+        )

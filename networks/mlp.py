@@ -1,0 +1,109 @@
+"""A residual multilayer perceptron for vectors: the raw network of the two-dimensional toys."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks.layers import (
+    label_rows,
+    require_full_precision,
+    require_labels,
+    require_sizes,
+    without_autocast,
+    zero_,
+)
+
+_FEATURES = 16
+_LOWEST, _HIGHEST = 0.25, 4.0  # radians per unit of c_noise, which spans about [-1.6, 1.1]
+
+
+class MLPBlock(nn.Module):
+    """h + W1 silu(W0 silu(h) + A emb), the identity at initialisation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear0 = nn.Linear(width, width)
+        self.affine = nn.Linear(width, width)
+        self.linear1 = nn.Linear(width, width)
+        zero_([self.linear1])
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        """h and emb [B, width] -> [B, width]."""
+        return h + self.linear1(F.silu(self.linear0(F.silu(h)) + self.affine(emb)))
+
+
+class ToyMLP(nn.Module):
+    """Raw network F(x, c_noise, cond) on vectors [B, data_dim]; its initial output is zero.
+
+    The noise level enters by sines and cosines of low frequency only: the map to be learnt is
+    smooth in c_noise, and high frequencies would amplify its derivative.
+
+    Args:
+        data_dim: length of one sample.
+        width: hidden width.
+        depth: residual blocks.
+        cond_dim: width of class rows; 0 for none.
+
+    Raises:
+        ConfigError: a size below its minimum.
+    """
+
+    def __init__(
+        self, *, data_dim: int = 2, width: int = 128, depth: int = 4, cond_dim: int = 0
+    ) -> None:
+        super().__init__()
+        require_sizes(data_dim=data_dim, width=width, depth=depth)
+        require_labels(cond_dim=cond_dim)
+        self.sample_shape = (data_dim,)
+        self.cond_dim = cond_dim
+        self.map_layer = nn.Linear(_FEATURES, width)
+        if cond_dim:
+            self.map_label = nn.Linear(cond_dim, width, bias=False)
+        self.first = nn.Linear(data_dim, width)
+        self.blocks = nn.ModuleList(MLPBlock(width) for _ in range(depth))
+        self.last = nn.Linear(width, data_dim)
+        zero_([self.last])
+
+    def shard_units(self) -> list[nn.Module]:
+        """The residual blocks."""
+        return list(self.blocks)
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        cond: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:
+        """Raw output F.
+
+        Args:
+            x: scaled noisy vectors [B, data_dim].
+            c_noise: noise labels [B], float32 or float64.
+            cond: class rows [B, cond_dim], or None for zero rows.
+            augment: not taken: anything but None raises ConfigError.
+
+        Returns:
+            [B, data_dim], in the type of `x`.
+        """
+        require_full_precision(c_noise)
+        dtype = self.map_layer.weight.dtype
+        rows = label_rows("cond", cond, self.cond_dim, c_noise, dtype)
+        label_rows("augment", augment, 0, c_noise, dtype)
+        with without_autocast(c_noise):
+            emb = self.map_layer(noise_features(c_noise).to(dtype))
+            if self.cond_dim:
+                emb = emb + self.map_label(rows)
+        h = self.first(x)
+        for block in self.blocks:
+            h = block(h, emb)
+        return self.last(F.silu(h)).to(x.dtype)
+
+
+def noise_features(c_noise: Tensor) -> Tensor:
+    """Sines and cosines of c_noise [B] at 8 frequencies from 0.25 to 4 rad: [B, 16]."""
+    exponents = torch.linspace(0, 1, _FEATURES // 2, dtype=c_noise.dtype, device=c_noise.device)
+    phase = torch.outer(c_noise, _LOWEST * (_HIGHEST / _LOWEST) ** exponents)
+    return torch.cat([phase.sin(), phase.cos()], dim=1)

@@ -1,0 +1,167 @@
+"""What evaluation tests need: a model whose map is known, threads as processes, a result row."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastflow.data.dataset import Table
+from fastflow.data.toy import Gaussian2D
+from fastflow.distributed import World
+from fastflow.evaluation.results import Result
+from fastflow.generate import generate, step_times
+from fastflow.method import FlowMapMethod
+from fastflow.network import Network
+from fastflow.path import VE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaussianMap(FlowMapMethod):
+    """The exact map of the 2-D Gaussian data, plus `error` in every coordinate."""
+
+    error: float = 0.0
+
+    @property
+    def path(self):
+        return VE()
+
+    def loss(self, nets, batch, now):
+        raise AssertionError("not trained")
+
+    def flow_map(self, net, x, t, s, cond=None):
+        exact = DATA.oracle.on(self.path).flow_map(x, t, s)
+        return exact.to(x) + self.error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoTimes(GaussianMap):
+    two_times = True
+
+
+DATA = Gaussian2D(size=4000)
+
+
+@dataclasses.dataclass
+class Model:
+    """Samples with `generate`; records the seeds asked for."""
+
+    method: FlowMapMethod
+    shape: tuple[int, ...] = (2,)
+    cond_dim: int = 0
+    weights_name: str = "ema_0.99"
+    step: int = 100
+    images: int = 6400
+    device: torch.device = torch.device("cpu")
+    experiment: Any = dataclasses.field(
+        default_factory=lambda: SimpleNamespace(name="toy", batch_size=64)
+    )
+    change: Callable[[Tensor], Tensor] = lambda x: x
+    asked: list[int] = dataclasses.field(default_factory=list)
+
+    def times(self, steps: int, between: Sequence[float] | None = None) -> tuple[float, ...]:
+        return step_times(self.method, steps, between)
+
+    def nfe(self, steps: int) -> int:
+        return steps
+
+    def sample(self, seeds, steps=1, times=None, cond=None) -> Tensor:
+        self.asked += seeds
+        x = generate(
+            self.method, Network(), seeds, self.shape, self.times(steps, times), cond, self.device
+        )
+        return self.change(x)
+
+
+@dataclasses.dataclass
+class PictureModel(Model):
+    """Sample i is picture number seed of a table, so its statistics are those of the table."""
+
+    pictures: Table | None = None
+
+    def sample(self, seeds, steps=1, times=None, cond=None) -> Tensor:
+        self.asked += seeds
+        rows = torch.tensor(list(seeds)) % len(self.pictures)
+        return self.change(self.pictures.fetch(rows)[0])
+
+
+class _Meeting:
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size, timeout=30)
+        self.values: list[Any] = [None] * size
+
+
+@dataclasses.dataclass(frozen=True)
+class ThreadWorld(World):
+    """One of several processes, as a thread; its sums are real."""
+
+    meeting: Any = None
+
+    def sum(self, value: Tensor) -> Tensor:
+        self.meeting.values[self.rank] = value
+        self.meeting.barrier.wait()
+        total = torch.stack(list(self.meeting.values)).sum(0)
+        self.meeting.barrier.wait()
+        return total
+
+
+def together(size: int, work: Callable[[World], Any]) -> list[Any]:
+    """Run `work` in `size` processes that are threads; their results by rank."""
+    meeting = _Meeting(size)
+    results: list[Any] = [None] * size
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(ThreadWorld(rank=rank, size=size, meeting=meeting))
+        except BaseException as error:
+            meeting.barrier.abort()
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+ROW = Result(
+    experiment="cm_cifar10",
+    method="CM",
+    dataset="cifar10",
+    metric="fid",
+    value=3.0,
+    std=0.05,
+    min=2.95,
+    values=(2.95, 3.0, 3.05),
+    baseline=None,
+    baseline_name="",
+    steps=2,
+    times=(80.0, 0.821),
+    nfe=2,
+    samples=50_000,
+    first_seed=0,
+    blocks=3,
+    generated=50_000,
+    extractor="inception-v3 2015-12-05, 2048",
+    extractor_hash="6726825d",
+    reference="cifar10-32x32.npz",
+    reference_hash="abc",
+    quantisation="truncate",
+    weights="ema_0.9999",
+    step=350_000,
+    images=179_200_000,
+    batch_size=512,
+    commit="",
+    hardware="1 x GPU",
+    torch="2.13.0",
+    seconds=12.5,
+)

@@ -1,0 +1,124 @@
+"""Distillation from end to end: train a teacher, distil it with an EMA target, sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from callbacks.ct_schedule import CTScheduleCallback
+from consistency_fakes import GaussianTeacher
+from fastflow.config import lazy
+from fastflow.consistency import Euler, GridPairing
+from fastflow.errors import CheckpointError, ConfigError
+from fastflow.experiment import Experiment
+from fastflow.method import Frozen
+from fastflow.model import Model
+from fastflow.network import Network
+from fastflow.schedules import AdaptiveDecay, SqrtDiscretization
+from fastflow.trainer import Trainer
+from methods.cm import CM, Teacher
+from methods.edm import EDM
+from tiny import OBSERVERS, drivers, toy, train, without_observers
+
+N_OF_STEP = lazy(CTScheduleCallback, schedule=SqrtDiscretization(s0=2, s1=10))
+STEPS = 5
+
+
+def distillation(teacher: Teacher, **changes) -> Experiment:
+    method = CM(pairs=GridPairing(), teacher=teacher, target=AdaptiveDecay(mu0=0.9, s0=2))
+    callbacks = (*drivers(N_OF_STEP), *OBSERVERS)
+    changes = {"callbacks": callbacks, "steps": STEPS, **changes}
+    return toy(name="tiny_distillation", method=method, **changes)
+
+
+@pytest.fixture(scope="module")
+def edm_run(tmp_path_factory) -> Path:
+    """A denoiser of the toy data, trained for a few steps."""
+    run_dir = tmp_path_factory.mktemp("edm") / "run"
+    callbacks = drivers(N_OF_STEP)[1:]  # denoising has no curriculum
+    train(toy(name="tiny_edm", method=EDM(), callbacks=callbacks, steps=STEPS), run_dir)
+    return run_dir
+
+
+def snapshot(network: Network) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in network.named_parameters()}
+
+
+def step_by_step(trainer: Trainer) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """The weights of every network, before the first step and after each."""
+    networks = trainer.state.networks
+    everyone = {"student": networks.student, **networks.companions}
+    yield {name: snapshot(network) for name, network in everyone.items()}
+    for batch in trainer.loader.batches(0):
+        trainer._step(batch)
+        yield {name: snapshot(network) for name, network in everyone.items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_target_follows_the_student_and_the_teacher_stays(edm_run, tmp_path):
+    source = Frozen(weights=str(edm_run))
+    trainer = Trainer(distillation(Teacher(source=source, step=Euler())), tmp_path / "cd")
+    assert not trainer.state.networks["teacher"].training
+    history = [seen for seen, _ in zip(step_by_step(trainer), range(STEPS + 1), strict=False)]
+    first = history[0]
+    assert same(first["target"], first["student"])
+    assert same(first["teacher"], snapshot(Model.load(edm_run).network))
+    assert not same(first["teacher"], first["student"])
+    decays = []
+    for k, (before, after) in enumerate(zip(history, history[1:], strict=False)):
+        scales = math.ceil(math.sqrt(k / STEPS * (11**2 - 2**2) + 2**2) - 1)
+        mu = math.exp(2 * math.log(0.9) / scales)
+        decays.append(mu)
+        assert not same(before["student"], after["student"])
+        assert same(after["teacher"], first["teacher"])
+        for name, value in after["target"].items():
+            expected = mu * before["target"][name] + (1 - mu) * after["student"][name]
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+    assert decays[0] == pytest.approx(0.81)
+    assert decays == sorted(set(decays))
+    companions = trainer.state.networks.companions.values()
+    assert all(p.grad is None and not p.requires_grad for c in companions for p in c.parameters())
+
+
+def test_a_distilled_model_is_trained_and_sampled(edm_run, tmp_path):
+    experiment = distillation(Teacher(source=Frozen(weights=str(edm_run))))
+    state = train(experiment, tmp_path / "cd")
+    assert state.step == STEPS
+    assert bool(state.loss.per_sample.isfinite().all())
+    samples = Model.load(tmp_path / "cd").sample(range(4), steps=2)
+    assert samples.shape == (4, 2)
+    assert bool(samples.isfinite().all())
+
+
+def test_a_closed_form_teacher_needs_no_weights(tmp_path):
+    source = Frozen(weights=None, network=lazy(GaussianTeacher))
+    experiment = without_observers(distillation(Teacher(source=source)))
+    state = train(experiment, tmp_path / "cd")
+    assert state.step == STEPS
+    assert bool(state.loss.per_sample.isfinite().all())
+
+
+def test_a_distillation_needs_its_curriculum_and_its_teacher(tmp_path):
+    source = Frozen(weights=str(tmp_path / "nowhere"))
+    experiment = distillation(Teacher(source=source), callbacks=())
+    with pytest.raises(ConfigError, match="CM needs the curriculum value 'N'"):
+        Trainer(experiment, tmp_path / "cd")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        Trainer(distillation(Teacher(source=source)), tmp_path / "cd")
+    assert not (tmp_path / "cd").exists()
+
+
+def test_a_denoiser_samples_along_the_ode(edm_run):
+    model = Model.load(edm_run)
+    one, many = model.sample(range(4)), model.sample(range(4), steps=8)
+    assert one.shape == many.shape == (4, 2)
+    assert not torch.allclose(one, many)
+    torch.testing.assert_close(many[:2], model.sample(range(2), steps=8))
