@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 PARALLEL = -n $(WORKERS) --dist worksteal
-CHECKED = fastflow methods networks callbacks configs tests benchmarks train.py
+CHECKED = fastflow methods networks callbacks configs tests benchmarks tools train.py
 STAMP = $(VENV)/.fastflow-installed
 
 .DEFAULT_GOAL := help

@@ -34,18 +34,18 @@ class NonFiniteGuard(Driver):
 
     Args:
         every: steps between looks.
-        on: what a bad step does.
+        action: what a bad step does.
 
     Raises:
         ConfigError: `every` below 1.
         DivergenceError: (while training) names step, metrics, parameter and the last checkpoint.
     """
 
-    def __init__(self, every: int = 50, on: Literal["stop", "skip"] = "stop") -> None:
+    def __init__(self, every: int = 50, action: Literal["stop", "skip"] = "stop") -> None:
         if every < 1:
             raise ConfigError(f"NonFiniteGuard.every: {every} given, 1 or more accepted")
         self._every = every
-        self._skips = on == "skip"
+        self._skips = action == "skip"
         self._skipped = 0
         self._metrics: list[str] = []
         self._note: Tensor | None = None

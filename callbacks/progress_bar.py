@@ -48,7 +48,7 @@ class ProgressBar(Observer):
                 total=state.experiment.steps,
                 initial=state.step,
                 desc=state.experiment.name,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}] {postfix}",
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}]{postfix}",
                 dynamic_ncols=True,
                 file=sys.stderr,
             )

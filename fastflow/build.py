@@ -133,6 +133,10 @@ def _companion(experiment: Experiment, name: str, spec: Companion, student: Netw
             f"{name}: made for samples {network.sample_shape}, but the student has "
             f"{student.sample_shape}"
         )
+    if network.predicts != spec.predicts:
+        raise ConfigError(
+            f"{name}: predicts {network.predicts!r}, accepted here: {spec.predicts!r}"
+        )
     if spec.weights is not None:
         _load(network, f"{name} weights", spec.weights, experiment)
     return network.eval().requires_grad_(False)
@@ -152,7 +156,11 @@ _REFUSALS = (ValueError, TypeError, RuntimeError)
 def _optimizer(experiment: Experiment, student: Network) -> torch.optim.Optimizer:
     node = experiment.optimizer
     try:
-        optimizer: torch.optim.Optimizer = build(node, params=list(student.parameters()))
+        optimizer: torch.optim.Optimizer = build(
+            node, at="optimizer", params=list(student.parameters())
+        )
+    except ConfigError:
+        raise
     except _REFUSALS as error:
         raise ConfigError(
             f"{_refused(node)} (torch.optim.{node.target.__name__}: {error})"

@@ -242,7 +242,10 @@ def _progress(what: str, done: int, total: int) -> None:
 def _compare(arguments: argparse.Namespace) -> int:
     from fastflow.evaluation.compare import compare
 
-    print(compare(arguments.folder, arguments.format))
+    folder = arguments.folder
+    if folder != RUNS and not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; accepted: a folder that holds runs")
+    print(compare(folder, arguments.format))
     return 0
 
 

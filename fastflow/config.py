@@ -38,7 +38,6 @@ from fastflow.plain import (
 )
 
 __all__ = [
-    "ALLOWED",
     "Lazy",
     "build",
     "diff",
@@ -106,19 +105,14 @@ def _built(node: Any, where: str, args: tuple[Any, ...], extra: Mapping[str, Any
 
 
 @typing.overload
-def load_experiment(path: str | os.PathLike[str], function: str = "experiment") -> Part: ...
+def load_experiment(path: str | os.PathLike[str]) -> Part: ...
 @typing.overload
-def load_experiment(
-    path: str | os.PathLike[str], function: str = "experiment", *, kind: type[P]
-) -> P: ...
-def load_experiment(
-    path: str | os.PathLike[str], function: str = "experiment", *, kind: type[Part] = Part
-) -> Part:
+def load_experiment(path: str | os.PathLike[str], *, kind: type[P]) -> P: ...
+def load_experiment(path: str | os.PathLike[str], *, kind: type[Part] = Part) -> Part:
     """The experiment that a file describes.
 
     Args:
-        path: a Python file with a function that returns a `Part`, or a YAML file of `save_yaml`.
-        function: name of that function.
+        path: a Python file with a function `experiment()`, or a YAML file of `save_yaml`.
         kind: what is accepted, e.g. `Experiment`.
 
     Raises:
@@ -131,7 +125,7 @@ def load_experiment(
     if path.suffix in (".yaml", ".yml"):
         root = load_yaml(path)
     elif path.suffix == ".py":
-        root = _run_file(path.resolve(), function, str(path))
+        root = _run_file(path.resolve(), str(path))
     else:
         raise ConfigError(f"{path}: {path.suffix or 'no suffix'} given, .py or .yaml accepted")
     if not isinstance(root, kind):
@@ -149,34 +143,35 @@ def _no_file(path: pathlib.Path) -> str:
     return f"{path}: {problem}; {one_of(path.name, names)}"
 
 
-def _run_file(path: pathlib.Path, function: str, shown_as: str) -> Any:
+def _run_file(path: pathlib.Path, shown_as: str) -> Any:
     try:
         source = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{shown_as}: cannot be read: {error.strerror}") from error
     try:
         module = _module_of(path, source)
-        found = vars(module).get(function)
+        found = vars(module).get("experiment")
         if not isinstance(found, types.FunctionType):
             functions = [n for n, v in vars(module).items() if inspect.isfunction(v)]
             functions = [n for n in functions if vars(module)[n].__module__ == module.__name__]
             raise ConfigError(
-                f"{shown_as}: has no function {function}(); {one_of(function, functions)}"
+                f"{shown_as}: has no function experiment(); {one_of('experiment', functions)}"
             )
         return found()
     except SyntaxError as error:
-        file = shown_as if error.filename == str(path) else error.filename
-        raise ConfigError(f"{file}:{error.lineno}: SyntaxError: {error.msg}") from error
-    except Exception as error:
+        file = shown_as if error.filename in (None, str(path)) else error.filename
+        line = "" if error.lineno is None else f":{error.lineno}"
+        raise ConfigError(f"{file}{line}: SyntaxError: {error.msg}") from error
+    except (Exception, SystemExit) as error:
         # The file is the user's program: whatever it raises is told with its place.
         raise ConfigError(_told(error, path, shown_as)) from error
 
 
-def _told(error: Exception, path: pathlib.Path, shown_as: str) -> str:
+def _told(error: BaseException, path: pathlib.Path, shown_as: str) -> str:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     text = str(error) if isinstance(error, FastflowError) else f"{type(error).__name__}: {error}"
     if not lines:
-        return one_line(text)
+        return one_line(f"{shown_as}: {text.removeprefix(f'{shown_as}: ')}")
     return f"{shown_as}:{lines[-1]}: {one_line(text)}"
 
 

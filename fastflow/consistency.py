@@ -113,8 +113,14 @@ class RatioPairing(Pairing):
         return frozenset({"ratio"})
 
     def __call__(self, draws: Draws, now: Progress) -> TimePair:
+        ratio = now["ratio"]
+        if ratio >= 1 and self.min_gap == 0:
+            raise ConfigError(
+                f"curriculum ratio: {ratio} reached at step {now.step}, so that r = t; accepted: "
+                f"below 1. Give RatioStages a limit, e.g. limit=0.999"
+            )
         t = self.times(draws)
-        r = self.gap(t, now["ratio"])
+        r = self.gap(t, ratio)
         return TimePair(t=torch.maximum(t, r + self.min_gap), r=r)
 
 
@@ -145,7 +151,7 @@ class QuantisedPairing(Pairing):
 
     def __call__(self, draws: Draws, now: Progress) -> TimePair:
         t, r = self.pairs(draws, now)
-        grid = karras_grid(self.n, self.sigma_min, self.sigma_max, self.rho, t.device)
+        grid = karras_grid(self.n, self.sigma_min, self.sigma_max, self.rho).to(t.device)
         middles = (grid[:-1] + grid[1:]) / 2
         lower = torch.searchsorted(middles, r).clamp_max(self.n - 2)
         upper = torch.maximum(torch.searchsorted(middles, t), lower + 1)
@@ -228,7 +234,8 @@ class PseudoHuber(Distance):
 class LPIPS(Distance):
     """Learned perceptual distance; images below 256 are resized to 224 (CM paper, app. C).
 
-    It flatters FID, both being built on features of ImageNet classifiers. Needs the package
+    It flatters FID, both being built on features of ImageNet classifiers. Images lie in [-1, 1],
+    the range `lpips` is made for (openai's PyTorch code hands it (x + 1) / 2). Needs the package
     `lpips`, and the weights of its backbone, which it downloads once.
     """
 

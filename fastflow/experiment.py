@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from fastflow.annotations import kinds
 from fastflow.callback import Callback
 from fastflow.config import Lazy
 from fastflow.data.dataset import Dataset
@@ -115,7 +116,10 @@ def _at_least(least: int, value: int | None, key: str) -> None:
 
 def _is_a(node: Lazy, kind: type, key: str) -> None:
     if not issubclass(node.target, kind):
-        raise ConfigError(f"{key}: {node.target.__name__} given, accepted: a {kind.__name__}")
+        raise ConfigError(
+            f"{key}: {node.target.__name__} given, accepted: a {kind.__name__}, e.g. "
+            f"{', '.join(kinds(kind)) or 'one of your own'}"
+        )
 
 
 def _needs_no_closure(node: Lazy) -> None:

@@ -22,14 +22,14 @@ def default_times(method: FlowMapMethod, steps: int) -> tuple[float, ...]:
 
     The grid is taken in the noise-to-signal ratio from the path's `t_max` down, so that it means
     the same on every path; its last point, where the last jump would start from almost no noise,
-    is left out. Where `t_max` is pure noise the grid starts from a ratio of 80.
+    is left out. Pure noise and pure data count as ratios of 80 and 0.002.
     """
     path = method.path
     if steps == 1:
         return (path.t_max,)
     bounds = torch.tensor([max(path.t_min, method.s_min), path.t_max], dtype=torch.float64)
     low, high = path.nsr(bounds).tolist()
-    high = high if math.isfinite(high) else 80.0
+    low, high = low if low > 0 else 0.002, high if math.isfinite(high) else 80.0
     ratios = karras_grid(steps + 1, low, high, rho=7.0).flip(0)[1:-1]
     return (path.t_max, *path.t_of_nsr(ratios).tolist())
 

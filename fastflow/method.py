@@ -43,10 +43,12 @@ class Frozen(Part):
         weights: a safetensors file or a run directory; None builds the network as it is (for
             networks that need no weights, such as a closed-form denoiser).
         network: its description; None means the same as the student's.
+        predicts: what it must predict (`Network.predicts`).
     """
 
     weights: str | None
     network: Lazy | None = None
+    predicts: str = "denoiser"
 
     def __post_init__(self) -> None:
         super().__post_init__()

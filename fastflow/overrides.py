@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -59,7 +60,17 @@ def _edit(text: str) -> _Edit:
         raise ConfigError(f"override {text!r} has no '='; key=value is accepted, e.g. steps=100")
     if not all(key.split(".")):
         raise ConfigError(f"override {text!r} has an empty key; key=value is accepted")
-    return _Edit(key, tuple(key.split(".")), parse(value, key))
+    return _Edit(key, tuple(key.split(".")), _value(value, key))
+
+
+def _value(text: str, key: str) -> Any:
+    value = parse(text, key)
+    # YAML 1.1 reads 010 as 8 and 12:30 as 750.
+    if isinstance(value, int | float) and re.match(r"\s*[-+]?(0[0-9_]|.*:)", text):
+        raise ConfigError(
+            f"{key}: {text!r} given, which YAML reads as {value}; write {value}, or quote a text"
+        )
+    return value
 
 
 def _edited(

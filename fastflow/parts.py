@@ -115,12 +115,6 @@ class Lazy(Deferred[T_co]):
         """The same node with some arguments changed, checked again."""
         return Lazy(self.target, {**self.kwargs, **kwargs})
 
-    def missing(self) -> tuple[str, ...]:
-        """Required arguments that are not given, also of nodes inside this one (dotted)."""
-        own = [n for n in parameters(self.target) if n not in self.kwargs]
-        inner = [f"{n}.{key}" for n, v in self.kwargs.items() for key in _missing_in(v)]
-        return (*own, *inner)
-
 
 def lazy(target: type[T], /, **kwargs: Any) -> Lazy[T]:
     """Describe an object of class `target` without making it.
@@ -203,7 +197,8 @@ def require_given(cls: type, names: Collection[str], where: str) -> None:
     absent = [n for n, p in accepted.items() if p.default is REQUIRED and n not in names]
     if absent:
         wanted = ", ".join(f"{n} ({describe(accepted[n].annotation)})" for n in absent)
-        raise ConfigError(f"{where}: {cls.__name__} needs {wanted}, which is not given")
+        text = f"{cls.__name__} needs {wanted}, which is not given"
+        raise ConfigError(text if where == cls.__name__ else f"{where}: {text}")
 
 
 def located(error: ConfigError, cls: type, where: str) -> ConfigError:
@@ -226,16 +221,6 @@ def _type_of(default: Any) -> Any:
     if default is REQUIRED or default is None:
         return Any
     return int | float if type(default) is int else type(default)
-
-
-def _missing_in(value: Any) -> list[str]:
-    if isinstance(value, Lazy):
-        return list(value.missing())
-    if isinstance(value, list | tuple):
-        value = dict(enumerate(value))
-    if isinstance(value, Mapping):
-        return [f"{n}.{key}" for n, v in value.items() for key in _missing_in(v)]
-    return []
 
 
 def _require_instantiable(cls: type) -> None:

@@ -36,15 +36,14 @@ def grid(images: Tensor) -> Image:
     """Images [N, C, H, W] in [-1, 1], C 1 or 3, as one nearly square grid, small ones enlarged."""
     from PIL import Image
 
-    count, channels, height, width = images.shape
+    count, _, height, width = images.shape
     factor = max(1, SIDE // max(height, width))
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     gap = max(1, factor // 4)
     tiles = to_bytes(images).expand(count, 3, height, width)
     tiles = repeat(tiles, "n c y x -> n c (y down) (x across)", down=factor, across=factor)
-    tiles = F.pad(tiles, (gap, 0, gap, 0), value=255)
-    tiles = F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, rows * columns - count), value=255)
+    tiles = F.pad(tiles, (gap, 0, gap, 0, 0, 0, 0, rows * columns - count), value=255)
     canvas = rearrange(tiles, "(row column) c y x -> c (row y) (column x)", row=rows)
     canvas = F.pad(canvas, (0, gap, 0, gap), value=255)
     return Image.fromarray(rearrange(canvas, "c y x -> y x c").numpy())

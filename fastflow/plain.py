@@ -126,7 +126,7 @@ def _resolve(target: Any, allowed: tuple[str, ...], where: str) -> type:
     cls = vars(module).get(name)
     if not isinstance(cls, type):
         found = {n: v for n, v in vars(module).items() if inspect.isclass(v)}
-        own = [n for n, v in found.items() if v.__module__ == module_name]
+        own = [n for n, v in found.items() if f"{v.__module__}.".startswith(f"{module_name}.")]
         raise ConfigError(f"{where}: {module_name} has no class {name!r}; {one_of(name, own)}")
     home = cls.__module__
     _require_allowed(home, allowed, f"{where}: {target!r} comes from {home}, which")

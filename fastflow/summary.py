@@ -96,7 +96,8 @@ def _networks(experiment: Experiment, networks: Networks) -> str:
     inner = [part.target.__name__ for part in parts if isinstance(part, Lazy)]
     name = experiment.network.target.__name__ + (f"({', '.join(inner)})" if inner else "")
     extra = f"; companions: {', '.join(networks.companions)}" if networks.companions else ""
-    return f"{name}, {count / 1e6:.2f} M parameters{extra}"
+    size = f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count:,}"
+    return f"{name}, {size} parameters{extra}"
 
 
 def _position(trainer: Trainer) -> str:

@@ -32,7 +32,8 @@ class Trainer:
     """Trains an experiment in its run directory, continuing where an earlier run stopped.
 
     Everything random in a step follows from (seed, step, index in the global batch), so a run
-    that is stopped and started again goes on to the bit on the same hardware and world size.
+    that is stopped and started again goes on to the bit on the same hardware and world size (on
+    GPUs as far as torch's kernels repeat themselves: torch.use_deterministic_algorithms).
 
     Args:
         experiment: what to train.

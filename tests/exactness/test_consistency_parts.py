@@ -324,6 +324,14 @@ def test_steps_to_zero_return_the_denoised_state(step):
     assert torch.equal(got[done], GAUSSIAN.denoiser(x, t)[done])
     alone = step(GAUSSIAN.denoiser, x[1:2], t[1:2], r[1:2])
     torch.testing.assert_close(got[1:2], alone, rtol=1e-14, atol=0)
+    asked: list[Tensor] = []
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(t)
+        return GAUSSIAN.denoiser(x, t)
+
+    step(denoiser, x, t, r)
+    assert all((times > 0).all() for times in asked)  # there is no slope at t = 0
 
 
 @pytest.mark.parametrize("step", [Euler(), Heun()])

@@ -42,7 +42,7 @@ from fastflow.schedules import RatioStages
 
 EVERY_CALLBACK = {
     CTScheduleCallback: {"schedule": RatioStages(q=2.0, kimg_per_stage=0.016)},
-    NonFiniteGuard: {"every": 3, "on": "stop"},
+    NonFiniteGuard: {"every": 3, "action": "stop"},
     GradClipCallback: {"max_norm": 1.0},
     EMACallback: {"law": ConstantEMA(beta=0.9), "start_step": 1},
     ModelSummary: {"depth": 1},
@@ -91,7 +91,7 @@ def test_every_callback_is_made_from_a_configuration() -> None:
     ("cls", "kwargs", "text"),
     [
         (NonFiniteGuard, {"every": 0}, "NonFiniteGuard.every: 0"),
-        (NonFiniteGuard, {"on": "ignore"}, "on"),
+        (NonFiniteGuard, {"action": "ignore"}, "action"),
         (GradClipCallback, {"max_norm": 0.0}, "max_norm: 0"),
         (CheckpointCallback, {"every": 0}, "CheckpointCallback.every: 0"),
         (JsonlLog, {"every": 0}, "JsonlLog.every: 0"),
@@ -247,7 +247,7 @@ def test_no_checkpoint_of_broken_weights(tmp_path: Path) -> None:
 
 def test_skipping_leaves_weights_and_optimizer_alone_and_counts(tmp_path: Path) -> None:
     state = make_state(tmp_path)
-    callbacks = [NonFiniteGuard(every=1, on="skip"), GradClipCallback(max_norm=1.0)]
+    callbacks = [NonFiniteGuard(every=1, action="skip"), GradClipCallback(max_norm=1.0)]
     step(state, callbacks)
     weights = weights_of(state)
     moments = [v["exp_avg"].clone() for v in state.optimizer.state.values()]
@@ -259,14 +259,14 @@ def test_skipping_leaves_weights_and_optimizer_alone_and_counts(tmp_path: Path) 
     step(state, callbacks)
     assert state.metrics["skipped_steps"] == 1.0
     assert not torch.equal(state.networks.student.first.weight, weights["first.weight"])
-    resumed = NonFiniteGuard(on="skip")
+    resumed = NonFiniteGuard(action="skip")
     resumed.load_state_dict(callbacks[0].state_dict())
     assert resumed.state_dict() == {"skipped": 1}
 
 
 def test_skipping_without_end_stops(tmp_path: Path) -> None:
     state = make_state(tmp_path)
-    guard = NonFiniteGuard(every=1, on="skip")
+    guard = NonFiniteGuard(every=1, action="skip")
     poison = spoil("first.weight", math.nan)
     for _ in range(PATIENCE - 1):
         step(state, [guard], poison)

@@ -21,6 +21,7 @@ from config_sample import (
 )
 
 from fastflow.config import Lazy, diff, lazy, override
+from fastflow.errors import ConfigError
 from fastflow.parts import Part, parameters
 
 SET = [
@@ -117,7 +118,7 @@ REFUSED = [
     ("callbacks.0.decay=.nan", "callbacks.0.decay: nan given, a number accepted"),
     ("name=3", "name: 3 (int) given, str accepted"),
     ("name=no", "name: False (bool) given, str accepted"),
-    ("name=007", "name: 7 (int) given, str accepted"),
+    ("name=007", "name: '007' given, which YAML reads as 7; write 7, or quote a text"),
     ("name=${", "name: not valid YAML: no viable alternative at input '${'"),
     ("method.weights={a: [1, 'x ${']}", "method.weights: not valid YAML: a[1]: no viable"),
     ("name=[a", "name: not valid YAML"),
@@ -238,3 +239,9 @@ def test_every_wrong_type_is_refused_with_its_key_and_the_accepted_types():
         for text in texts:
             message = refused(lambda a=f"{key}={text}": changed(a), "accepted")
             assert message.startswith(key), f"{key}={text}: {message}"
+
+
+@pytest.mark.parametrize("text", ["010", "12:30", "-01", " 1:30.5"])
+def test_numbers_that_yaml_reads_as_others_are_refused(text):
+    with pytest.raises(ConfigError, match="which YAML reads as"):
+        override(sample(), [f"steps={text}"])

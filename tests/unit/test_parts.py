@@ -174,13 +174,6 @@ def test_lazy_is_an_ordinary_value():
     assert node.scale == 1.0
 
 
-def test_lazy_lists_what_is_missing_also_inside():
-    assert lazy(torch.optim.Adam).missing() == ("params",)
-    assert lazy(Wrapper).missing() == ("model",)
-    assert lazy(Wrapper, model=lazy(Net)).missing() == ("model.channels",)
-    assert lazy(Net, channels=3).missing() == ()
-
-
 def test_lazy_checks_its_arguments():
     refused(lambda: lazy(Net, chanels=3), "Net.chanels", "did you mean 'channels'?", "act, ch")
     refused(lambda: lazy(Net, channels="a"), "Net.channels: 'a' (str) given, int accepted")

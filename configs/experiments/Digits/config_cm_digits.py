@@ -1,8 +1,9 @@
-"""CM on scikit-learn's 8x8 digits: consistency training from scratch, in minutes on a CPU.
+"""CM on scikit-learn's 8x8 digits with class labels: from scratch, in minutes on a CPU.
 
-The pairing, the gap r(t), the distance and the weight are those of ECT (arXiv 2406.14548); the
-schedule is shortened to four stages. What to expect is measured, not published: the FID in the
-features of a small digit classifier, beside the FID between two halves of the real digits.
+The pairing, the gap r(t), the distance and the weight are those of ECT (arXiv 2406.14548). The
+schedule is shortened: 100 steps for each of four stages, then the last ratio, 0.9961, to the end.
+What to expect is measured, not published: the FID in the features of a small digit classifier,
+beside the FID between two halves of the real digits.
 
     fastflow train --config configs/experiments/Digits/config_cm_digits.py
 """
@@ -13,7 +14,6 @@ from callbacks.checkpoint import CheckpointCallback
 from callbacks.ct_schedule import CTScheduleCallback
 from callbacks.curves import Curves
 from callbacks.ema import EMACallback
-from callbacks.grad_clip import GradClipCallback
 from callbacks.jsonl_log import JsonlLog
 from callbacks.loss_by_time import LossByTime
 from callbacks.nonfinite import NonFiniteGuard
@@ -22,13 +22,13 @@ from callbacks.sample_grid import SampleGrid
 from fastflow.config import lazy
 from fastflow.consistency import InverseGap, PseudoHuber, RatioPairing
 from fastflow.data.digits import Digits
-from fastflow.ema import ConstantEMA
+from fastflow.ema import PowerEMA
 from fastflow.evaluation.extractors import DigitFeatures
 from fastflow.evaluation.metrics import FID, RealHalves
 from fastflow.evaluation.spec import Evaluation
 from fastflow.experiment import Experiment
 from fastflow.precond import EDMDenoiser
-from fastflow.schedules import RatioStages, SigmoidRatio
+from fastflow.schedules import CosineLR, RatioStages, SigmoidRatio
 from fastflow.times import LogNormal
 from methods.cm import CM
 from networks.song_unet import SongUNet
@@ -50,6 +50,7 @@ def experiment() -> Experiment:
                 resolution=8,
                 in_channels=1,
                 out_channels=1,
+                cond_dim=10,
                 channels=32,
                 channel_mult=(1, 1),
                 num_blocks=1,
@@ -58,19 +59,22 @@ def experiment() -> Experiment:
             ),
         ),
         data=lazy(Digits),
-        optimizer=lazy(RAdam, lr=2e-3, betas=(0.9, 0.999)),
+        optimizer=lazy(RAdam, lr=5e-3, betas=(0.9, 0.999)),
+        lr=CosineLR(),
         batch_size=128,
-        steps=2400,
+        steps=1400,
         callbacks=(
-            lazy(CTScheduleCallback, schedule=RatioStages(q=4.0, kimg_per_stage=76.8)),
+            lazy(
+                CTScheduleCallback,
+                schedule=RatioStages(q=4.0, kimg_per_stage=12.8, limit=0.9961),
+            ),
             lazy(NonFiniteGuard),
-            lazy(GradClipCallback, max_norm=10.0),
-            lazy(EMACallback, law=ConstantEMA(beta=0.998)),
+            lazy(EMACallback, law=PowerEMA(std=0.07)),
             lazy(LossByTime),
             lazy(ProgressBar),
             lazy(JsonlLog, every=20),
-            lazy(SampleGrid, every=600),
-            lazy(CheckpointCallback, every=600),
+            lazy(SampleGrid, every=350),
+            lazy(CheckpointCallback, every=350),
             lazy(Curves),
         ),
         evaluation=Evaluation(

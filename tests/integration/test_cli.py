@@ -1,0 +1,345 @@
+"""The command line: overrides, one-line errors, signals, and each command once."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from callbacks.ct_schedule import CTScheduleCallback
+from callbacks.jsonl_log import JsonlLog
+from fastflow import cli
+from fastflow.config import from_plain, lazy, load_experiment, save_yaml
+from fastflow.evaluation.results import read
+from fastflow.model import Model
+from fastflow.schedules import RatioStages
+from fastflow.trainer import Trainer
+from tiny import OBSERVERS, digits, drivers, toy, train
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "configs" / "experiments" / "Digits" / "config_cm_digits.py"
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command; returns its status, stdout and the lines of stderr."""
+
+    def run(*words):
+        try:
+            status = cli.main([str(word) for word in words])
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.yaml"
+    save_yaml(toy(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "tiny_toy"
+    train(toy(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "tiny_digits"
+    train(digits(steps=1, callbacks=drivers()), path)
+    return path
+
+
+# train
+
+
+def test_train_resume_and_again(call, config, tmp_path):
+    where = tmp_path / "run"
+    status, out, _ = call("train", "--config", config, "--run-dir", where)
+    assert status == 0
+    assert f"{where}, new" in out
+    assert "trained 6 steps" in out
+    assert max(map(len, out.replace(str(where), "runs/tiny").splitlines())) <= 100
+    status, out, _ = call("train", "--config", config, "--run-dir", where)
+    assert status == 0
+    assert "already finished at step 6" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("steps=2", "seed=3", "--config", "CONFIG", "--run-dir", "RUN"),
+        ("--config", "CONFIG", "steps=2", "--run-dir", "RUN", "seed=3"),
+        ("--config=CONFIG", "--run-dir=RUN", "seed=3", "steps=2"),
+    ],
+)
+def test_overrides_go_anywhere(words, call, config, tmp_path):
+    run = tmp_path / "run"
+    words = [w.replace("CONFIG", str(config)).replace("RUN", str(run)) for w in words]
+    assert call("train", *words)[0] == 0
+    stored = load_experiment(run / "experiment.yaml")
+    assert stored == dataclasses.replace(toy(), steps=2, seed=3)
+
+
+def test_dry_run_prints_the_experiment_and_writes_nothing(call, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = call("train", "--config", config, "--dry-run", "steps=9")
+    assert (status, err) == (0, [])
+    import yaml
+
+    assert from_plain(yaml.safe_load(out)) == dataclasses.replace(toy(), steps=9)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_default_run_directory_has_the_name(call, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("train", "--config", config, "steps=1")[0] == 0
+    assert Model.load(tmp_path / "runs" / "tiny_toy").step == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ((), ["required: COMMAND"]),
+        (("trian",), ["'trian'", "train"]),
+        (("train",), ["required: --config"]),
+        (("train", "--config", "CONFIG", "--run_dir", "x"), ["'--run_dir'", "--help"]),
+        (("train", "--conf", "CONFIG"), ["--config"]),
+        (("train", "--config", "CONFIG", "stps=3"), ["stps", "'steps'"]),
+        (("train", "--config", "CONFIG", "steps"), ["'steps'", "KEY=VALUE"]),
+        (("train", "--config", "CONFIG", "steps=x"), ["steps", "'x'", "int"]),
+        (("train", "--config", "CONFIG", "--device", "tpu"), ["'tpu'", "auto, cpu, cuda"]),
+        (("train", "--config", "CONFIG", "--device", "cuda:99"), ["cuda:99", "CUDA devices"]),
+        (("train", "--config", "CONFIG", "--run-dir", "CONFIG"), ["config.yaml cannot be used"]),
+        (("train", "--config", "nowhere.py"), ["nowhere.py", "no such file"]),
+        (("sample",), ["required: model"]),
+        (("sample", "nowhere"), ["nowhere holds no trained model"]),
+        (("sample", "RUN", "steps=2"), ["'steps=2'", "the options"]),
+        (("sample", "RUN", "--steps", "two"), ["--steps", "'two'"]),
+        (("sample", "RUN", "--steps", "0"), ["steps: 0 given"]),
+        (("sample", "RUN", "--seeds", "9-3"), ["--seeds", "'9-3' given, accepted: e.g. 7 or 0-63"]),
+        (("sample", "RUN", "--seeds", "a"), ["--seeds", "'a' given"]),
+        (("sample", "RUN", "--times", "1,x"), ["--times", "'1,x' given"]),
+        (("sample", "RUN", "--times", "1.0"), ["times: (1.0,) given for 1 steps"]),
+        (("sample", "RUN", "--weights", "emma_0.9"), ["emma_0.9", "'ema_0.9'"]),
+        (("sample", "RUN", "--out", "x.gif"), ["--out", ".png or .npz"]),
+        (("sample", "RUN", "--label", "3"), ["label: 3 given", "unconditional"]),
+        (("sample", "DIGITS", "--label", "10"), ["label: 10 given", "0 to 9"]),
+        (("sample", "DIGITS", "--label", "-1"), ["label: -1 given", "0 to 9"]),
+        (("evaluate", "RUN", "batch_size=3"), ["'batch_size=3'", "evaluation.KEY=VALUE"]),
+        (("evaluate", "RUN", "evaluation.sample=3"), ["evaluation.sample", "'samples'"]),
+        (("compare", "--format", "html"), ["'html'", "markdown"]),
+        (("doctor", "--config", "CONFIG", "stps=3"), ["stps", "'steps'"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    words, parts, call, config, run_dir, digits_run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    names = {"CONFIG": config, "RUN": run_dir, "DIGITS": digits_run}
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = call(*(names.get(word, word) for word in words))
+    assert (status, out) == (2, "")
+    assert len(err) == 1
+    assert err[0].startswith("fastflow: ")
+    for part in parts:
+        assert part in err[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_divergence_is_status_3(call, config, tmp_path):
+    words = ("--config", config, "--run-dir", tmp_path / "run", "optimizer.lr=1e30")
+    status, _, err = call("train", *words, "callbacks.1.every=1")
+    assert status == 3
+    assert "step" in err[-1]
+    assert "non-finite" in err[-1]
+    assert not (tmp_path / "run" / "weights").exists()
+
+
+def test_an_abort_and_a_full_disk_are_one_line(call, config, tmp_path, monkeypatch):
+    for error, status, text in (
+        (KeyboardInterrupt(), 130, "aborted"),
+        (OSError(28, "No space left on device", "log.jsonl"), 2, "No space left on device"),
+    ):
+
+        def fail(trainer, error=error):
+            raise error
+
+        monkeypatch.setattr(Trainer, "fit", fail)
+        got, _, err = call("train", "--config", config, "--run-dir", tmp_path / str(status))
+        assert got == status
+        assert text in err[-1]
+        assert len(err) == 1
+
+
+def test_help_and_version(call):
+    assert call("--version")[:2] == (0, f"fastflow {cli.__version__}\n")
+    for command in ("train", "sample", "evaluate", "compare", "doctor"):
+        status, out, _ = call(command, "--help")
+        assert status == 0
+        assert "usage: fastflow" in out
+
+
+# Interrupted in another process
+
+
+def start(config, run):
+    return subprocess.Popen(
+        [sys.executable, "train.py", "--config", str(config), "--run-dir", str(run)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def lines(run):
+    path = run / "log.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def interrupt(config, run, number):
+    """Start, send a signal once three more steps are done, and return the status."""
+    process, before = start(config, run), len(lines(run))
+    while len(lines(run)) < before + 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert "stopping after this step" in err
+    assert f"stopped by {number.name} after step" in out
+    assert "the same command goes on from there" in out
+    return process.returncode
+
+
+def test_interrupted_by_signals_and_resumed_by_the_same_command(tmp_path):
+    curriculum = lazy(CTScheduleCallback, schedule=RatioStages(q=2.0, kimg_per_stage=1.0))
+    callbacks = (*drivers(curriculum), lazy(JsonlLog, every=1))
+    experiment = toy(steps=300, callbacks=callbacks)
+    save_yaml(experiment, tmp_path / "config.yaml")
+    run = tmp_path / "run"
+    assert interrupt(tmp_path / "config.yaml", run, signal.SIGINT) == 130
+    assert interrupt(tmp_path / "config.yaml", run, signal.SIGTERM) == 143
+    last = json.loads(lines(run)[-1])["step"]
+    assert 6 <= last < 300
+    process = start(tmp_path / "config.yaml", run)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert f"resumed at step {last:,}" in out
+    assert [json.loads(line)["step"] for line in lines(run)] == list(range(1, 301))
+    train(experiment, tmp_path / "straight")
+    for file in (tmp_path / "straight" / "weights").glob("*.safetensors"):
+        ours, theirs = load_file(run / "weights" / file.name), load_file(file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# sample, evaluate, compare, doctor
+
+
+def test_sample_writes_a_picture_or_numbers(call, run_dir, digits_run, tmp_path):
+    status, out, err = call("sample", digits_run, "--seeds", "0-8", "--out", tmp_path / "a.png")
+    assert (status, err) == (0, [])
+    assert "9 samples, NFE 1, t = 80" in out
+    assert Image.open(tmp_path / "a.png").size > (24, 24)
+    words = ("--steps", "2", "--times", "0.5", "--seeds", "3-5", "--label", "7")
+    status, out, _ = call("sample", digits_run, *words, "--out", tmp_path / "new" / "a.npz")
+    assert status == 0
+    assert "3 samples, NFE 2, t = 80, 0.5" in out
+    stored = np.load(tmp_path / "new" / "a.npz")
+    cond = torch.nn.functional.one_hot(torch.full((3,), 7), 10).float()
+    expected = Model.load(digits_run).sample(range(3, 6), 2, (0.5,), cond)
+    assert np.array_equal(stored["samples"], expected.numpy())
+    assert stored["seeds"].tolist() == [3, 4, 5]
+    # By default beside the model; points in batches of the evaluation.
+    status, out, _ = call("sample", run_dir, "--weights", "student", "--seeds", "0-300")
+    assert status == 0
+    assert (run_dir / "samples" / "student_step00000006_1step.png").exists()
+
+
+def test_samples_do_not_depend_on_how_they_are_batched(call, run_dir, tmp_path):
+    call("sample", run_dir, "--seeds", "0-299", "--out", tmp_path / "all.npz")
+    call("sample", run_dir, "--seeds", "290-299", "--out", tmp_path / "some.npz")
+    many, few = (np.load(tmp_path / f"{name}.npz")["samples"] for name in ("all", "some"))
+    assert many.shape == (300, 2)
+    np.testing.assert_allclose(many[290:], few, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluate_records_and_compare_shows(call, run_dir):
+    status, out, err = call("evaluate", run_dir, "evaluation.samples=32", "--weights", "student")
+    assert status == 0
+    assert err[-1].endswith("2 steps: 32 of 32 samples")
+    rows = read(run_dir / "results.json")
+    assert [(r.metric, r.steps, r.samples, r.weights, r.step) for r in rows] == [
+        ("energy_distance", 1, 32, "student", 6),
+        ("energy_distance", 2, 32, "student", 6),
+    ]
+    assert str(run_dir / "results.json") in out
+    # Measuring again replaces; another number of samples is another row.
+    call("evaluate", run_dir, "evaluation.samples=32", "--weights", "student")
+    call("evaluate", run_dir, "evaluation.steps=[1]")
+    rows = read(run_dir / "results.json")
+    assert sorted(r.samples for r in rows) == [32, 32, 64]
+    status, out, _ = call("compare", run_dir.parent)
+    assert status == 0
+    assert "tiny_toy: CM on gaussian_mixture2d, student" in out
+
+
+def test_compare_lists_what_is_expected_when_there_is_nothing(call, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)  # where there is no folder "runs", the default
+    for words in ((), (tmp_path / "empty",)):
+        status, out, err = call("compare", *words)
+        assert (status, err) == (0, [])
+        assert "cm_cifar10" in out
+        assert "2.92" in out
+        assert max(map(len, out.splitlines())) <= 100
+
+
+def test_doctor_tells_what_differs(call):
+    changes = ("optimizer.lr=0.03125", "network.model.channels=16")
+    status, out, err = call("doctor", "--config", DIGITS, *changes)
+    assert (status, err) == (0, [])
+    for part in ("torch", "digits: 1,797 samples", "M parameters"):
+        assert part in out
+    assert re.search(r"optimizer\.lr: \S+ -> 0\.03125", out)
+    assert re.search(r"network\.model\.channels: \d+ -> 16", out)
+    status, out, _ = call("doctor", "--config", DIGITS)
+    assert status == 0
+    assert "differs" not in out
+
+
+def test_doctor_tells_what_is_missing(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTFLOW_DATA", str(tmp_path))
+    config = ROOT / "configs" / "experiments" / "EDM" / "config_cm_cifar10.py"
+    status, out, _ = call("doctor", "--config", config, f"data.path={tmp_path / 'no.zip'}")
+    assert status == 2
+    assert "FAIL data" in out
+    assert "no.zip does not exist" in out
+    assert "init_from: the published recipe has" in out
+    assert call("doctor")[0] == 0
+
+
+def test_doctor_finds_a_missing_driver(call, tmp_path):
+    save_yaml(toy(callbacks=OBSERVERS), tmp_path / "config.yaml")
+    status, out, _ = call("doctor", "--config", tmp_path / "config.yaml")
+    assert status == 2
+    assert "FAIL experiment" in out
+    assert "CTScheduleCallback" in out
