@@ -152,7 +152,10 @@ def _number(value: Tensor | float, device: torch.device) -> Tensor:
 
 def _advice(state: TrainState) -> str:
     last = checkpoint.latest(state.run_dir)
+    # The run directory takes no other configuration, so what helps needs a new one.
+    start = f" and init_from={state.run_dir}" if last else ""
     return (
-        f"Last good checkpoint: {last or 'none was written'}. To go on from it, start again with "
-        f"a lower learning rate, GradClipCallback, or NonFiniteGuard(on='skip')"
+        f"Last good checkpoint: {last or 'none was written'}. To go on, start with another "
+        f"--run-dir{start}, and with a lower learning rate, GradClipCallback or "
+        f"NonFiniteGuard(action='skip')"
     )

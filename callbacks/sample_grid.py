@@ -13,7 +13,7 @@ from fastflow.data.dataset import Dataset
 from fastflow.distributed import reshard
 from fastflow.errors import ConfigError, MissingPackageError
 from fastflow.generate import generate, step_times
-from fastflow.pictures import save_panels
+from fastflow.pictures import class_columns, save_panels
 from fastflow.state import TrainState
 
 
@@ -21,12 +21,14 @@ class SampleGrid(Observer):
     """Draws samples of fixed seeds into `samples/step_00001000.png`, and at the end.
 
     One panel per number of sampler steps: grids of images, or clouds of points beside the data.
-    Intermediate times are those of the experiment's evaluation. Classes take turns.
+    Intermediate times are those of the experiment's evaluation. Classes take turns, a few of
+    them a column each.
 
     Args:
         every: steps between pictures.
         steps: numbers of sampler steps, one panel each.
-        count: samples per panel; None takes 64 images or 2048 points.
+        count: samples per panel; None takes 64 images, 6 of each class where classes are
+            columns, or 2048 points.
         weights: the EMA that is sampled; None takes the first, or the student without EMAs.
 
     Raises:
@@ -54,6 +56,7 @@ class SampleGrid(Observer):
         self._weights = weights
         self._times: dict[int, tuple[float, ...]] = {}
         self._data: Tensor | None = None
+        self._columns: int | None = None
         self._drawn = -1
 
     def setup(self, state: TrainState) -> None:
@@ -71,8 +74,10 @@ class SampleGrid(Observer):
                 f"SampleGrid: draws images of 1 or 3 channels and points in the plane, samples "
                 f"have shape {shape}; remove it from callbacks"
             )
-        if self._count is None:
-            self._count = 64 if images else 2048
+        self._columns = class_columns(state.networks.student.cond_dim)
+        if self._count is None and images:
+            self._count = 6 * self._columns if self._columns else 64
+        self._count = self._count or 2048
         between = state.experiment.evaluation.times
         self._times = {n: step_times(state.method, n, between.get(n)) for n in self._steps}
         if not images:
@@ -102,7 +107,9 @@ class SampleGrid(Observer):
                 panels[title] = self._samples(state, times)
         reshard(student)
         if state.world.is_main:
-            save_panels(panels, state.run_dir / "samples" / f"step_{state.step:08d}.png")
+            save_panels(
+                panels, state.run_dir / "samples" / f"step_{state.step:08d}.png", self._columns
+            )
 
     def _samples(self, state: TrainState, times: tuple[float, ...]) -> Tensor:
         assert self._count is not None

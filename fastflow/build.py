@@ -9,7 +9,7 @@ import torch
 
 from fastflow import distributed
 from fastflow.callback import Callback, Driver
-from fastflow.config import Lazy, build, packages_of
+from fastflow.config import FILE_MODULE, Lazy, build, packages_of, targets_of
 from fastflow.data.dataset import Dataset
 from fastflow.data.loader import Loader
 from fastflow.distributed import World
@@ -39,6 +39,7 @@ class Parts:
             ConfigError: parts do not fit each other, or a driver is missing.
             DataError, CheckpointError: the data or some weights are missing or do not fit.
         """
+        _check_classes(experiment)
         callbacks = build_callbacks(experiment)
         _check_world(experiment, world)
         dataset = build(experiment.data, at="data")
@@ -115,6 +116,17 @@ def check_fit(method: FlowMapMethod, network: Network, dataset: Dataset) -> None
             f"network: made for samples {network.sample_shape}, but the data {dataset.name!r} has "
             f"{dataset.shape}"
         )
+
+
+def _check_classes(experiment: Experiment) -> None:
+    """Nobody could load, sample or evaluate a run with classes that only its file has."""
+    for target in targets_of(experiment):
+        if target.startswith(FILE_MODULE):
+            raise ConfigError(
+                f"{target.partition(':')[2]}: defined in the configuration file, so that a saved "
+                f"run cannot name it; accepted: classes of modules that can be imported. Move it "
+                f"to a file of its own and set PYTHONPATH to that folder"
+            )
 
 
 def _check_world(experiment: Experiment, world: World) -> None:

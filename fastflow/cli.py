@@ -2,22 +2,26 @@
 
 Exit status: 0 done; 2 a mistake in what was given (one line on stderr, nothing written);
 3 training diverged; 130 or 143 stopped by SIGINT or SIGTERM, in training after the step was
-finished and saved.
+finished and saved; 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastflow import __version__
 from fastflow.errors import ConfigError, DivergenceError, FastflowError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RUNS = Path("runs")
 
@@ -34,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 3)
     except FastflowError as error:
         return _fail(str(error), 2)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough (`| head`); the rest goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a missing permission
         return _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -116,6 +124,7 @@ def _config(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
         "--config", type=Path, required=required, help="a configuration .py or a saved .yaml"
     )
+    _allow(parser)
     parser.epilog = "KEY=VALUE anywhere overrides the configuration, e.g. batch_size=256"
     parser.set_defaults(takes_overrides=True)
 
@@ -123,7 +132,18 @@ def _config(parser: argparse.ArgumentParser, *, required: bool) -> None:
 def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="a run directory or a folder of weights")
     parser.add_argument("--weights", help="student or an EMA's name; default: the first EMA")
+    _allow(parser)
     _device(parser)
+
+
+def _allow(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="a package of your own that a saved run may name classes of; may be repeated",
+    )
 
 
 def _device(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +179,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from fastflow.experiment import Experiment
     from fastflow.trainer import Trainer
 
-    experiment = override(load_experiment(arguments.config, kind=Experiment), arguments.overrides)
+    allow = tuple(arguments.allow)
+    written = load_experiment(arguments.config, kind=Experiment, allow=allow)
+    experiment = override(written, arguments.overrides, allow)
     with world(arguments.device) as here:
         if arguments.dry_run:
             Parts.of(experiment, here)
@@ -168,7 +190,7 @@ def _train(arguments: argparse.Namespace) -> int:
         run_dir = arguments.run_dir or RUNS / experiment.name
         trainer = Trainer(experiment, run_dir, here)
         if here.is_main:
-            print(summary.start(trainer))
+            print(summary.start(trainer), flush=True)
         state = trainer.fit()
         if here.is_main:
             print(summary.end(trainer))
@@ -182,15 +204,15 @@ def _sample(arguments: argparse.Namespace) -> int:
     import torch
 
     from fastflow.distributed import world
-    from fastflow.evaluation.evaluate import class_rows
     from fastflow.model import Model
-    from fastflow.pictures import save_samples
+    from fastflow.pictures import class_columns, save_samples
 
     seeds, steps = arguments.seeds, arguments.steps
     with world(arguments.device) as here:
-        model = Model.load(arguments.model, arguments.weights, here.device)
+        allow = tuple(arguments.allow)
+        model = Model.load(arguments.model, arguments.weights, here.device, allow)
         times = model.times(steps, arguments.times)
-        cond = class_rows(seeds, model.cond_dim, arguments.label)
+        cond = _class_rows(seeds, model.cond_dim, arguments.label)
         size = model.experiment.evaluation.batch_size
         parts = []
         for rows in (slice(start, start + size) for start in range(0, len(seeds), size)):
@@ -203,10 +225,23 @@ def _sample(arguments: argparse.Namespace) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         numpy.savez(out, samples=samples.numpy(), seeds=list(seeds), times=times)
     else:
-        save_samples(samples, out)
+        save_samples(samples, out, class_columns(model.cond_dim))
     grid = ", ".join(f"{t:g}" for t in times)
     print(f"{len(seeds)} samples, NFE {model.nfe(steps)}, t = {grid}: {out}")
     return 0
+
+
+def _class_rows(seeds: range, classes: int, label: int | None) -> Tensor | None:
+    """One-hot rows [n, classes] of one class, or of all in turn by seed; None without classes."""
+    import torch
+
+    if label is not None and not 0 <= label < classes:
+        accepted = f"0 to {classes - 1}" if classes else "none (the model is unconditional)"
+        raise ConfigError(f"--label: {label} given, accepted: {accepted}")
+    if classes == 0:
+        return None
+    labels = [seed % classes if label is None else label for seed in seeds]
+    return torch.eye(classes)[labels]
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -221,8 +256,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if not text.startswith("evaluation."):
             raise ConfigError(f"{text!r} given, accepted: evaluation.KEY=VALUE")
     with world(arguments.device) as here:
-        model = Model.load(arguments.model, arguments.weights, here.device)
-        experiment = override(model.experiment, arguments.overrides)
+        allow = tuple(arguments.allow)
+        model = Model.load(arguments.model, arguments.weights, here.device, allow)
+        experiment = override(model.experiment, arguments.overrides, allow)
         model = dataclasses.replace(model, experiment=experiment)
         dataset = build(experiment.data, at="data")
         report = _progress if here.is_main else None
@@ -252,6 +288,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from fastflow.doctor import examine
 
-    report = examine(arguments.config, arguments.overrides, arguments.device)
+    allow = tuple(arguments.allow)
+    report = examine(arguments.config, arguments.overrides, arguments.device, allow)
     print(report.text)
     return 0 if report.healthy else 2

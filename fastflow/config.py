@@ -18,7 +18,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from fastflow.annotations import describe, join, one_line, shown
@@ -30,9 +30,11 @@ from fastflow.plain import (
     diff,
     from_plain,
     load_yaml,
+    own_packages_of,
     packages_of,
     read_yaml,
     save_yaml,
+    targets_of,
     to_plain,
     to_yaml,
 )
@@ -46,12 +48,17 @@ __all__ = [
     "load_experiment",
     "load_yaml",
     "override",
+    "own_packages_of",
     "packages_of",
     "read_yaml",
     "save_yaml",
+    "targets_of",
     "to_plain",
     "to_yaml",
 ]
+
+FILE_MODULE = "fastflow_config_"
+"""How the module of a configuration file outside our packages begins; nothing can import it."""
 
 P = TypeVar("P", bound=Part)
 T = TypeVar("T")
@@ -105,15 +112,20 @@ def _built(node: Any, where: str, args: tuple[Any, ...], extra: Mapping[str, Any
 
 
 @typing.overload
-def load_experiment(path: str | os.PathLike[str]) -> Part: ...
+def load_experiment(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) -> Part: ...
 @typing.overload
-def load_experiment(path: str | os.PathLike[str], *, kind: type[P]) -> P: ...
-def load_experiment(path: str | os.PathLike[str], *, kind: type[Part] = Part) -> Part:
+def load_experiment(
+    path: str | os.PathLike[str], *, kind: type[P], allow: Iterable[str] = ()
+) -> P: ...
+def load_experiment(
+    path: str | os.PathLike[str], *, kind: type[Part] = Part, allow: Iterable[str] = ()
+) -> Part:
     """The experiment that a file describes.
 
     Args:
         path: a Python file with a function `experiment()`, or a YAML file of `save_yaml`.
         kind: what is accepted, e.g. `Experiment`.
+        allow: packages of your own that a YAML file may name classes of.
 
     Raises:
         ConfigError: the file is missing or fails, or describes something else; the text has file,
@@ -123,7 +135,7 @@ def load_experiment(path: str | os.PathLike[str], *, kind: type[Part] = Part) ->
     if not path.is_file():
         raise ConfigError(_no_file(path))
     if path.suffix in (".yaml", ".yml"):
-        root = load_yaml(path)
+        root = load_yaml(path, allow)
     elif path.suffix == ".py":
         root = _run_file(path.resolve(), str(path))
     else:
@@ -170,6 +182,8 @@ def _run_file(path: pathlib.Path, shown_as: str) -> Any:
 def _told(error: BaseException, path: pathlib.Path, shown_as: str) -> str:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     text = str(error) if isinstance(error, FastflowError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, ModuleNotFoundError):
+        text += "; install it, or set PYTHONPATH to the folder that holds it"
     if not lines:
         return one_line(f"{shown_as}: {text.removeprefix(f'{shown_as}: ')}")
     return f"{shown_as}:{lines[-1]}: {one_line(text)}"
@@ -179,7 +193,7 @@ def _module_of(path: pathlib.Path, source: bytes) -> types.ModuleType:
     name = _package_name(path)
     if name is not None:
         return importlib.import_module(name)
-    name = f"fastflow_config_{hashlib.sha256(bytes(path)).hexdigest()[:12]}"
+    name = f"{FILE_MODULE}{hashlib.sha256(bytes(path)).hexdigest()[:12]}"
     module = types.ModuleType(name)
     module.__file__ = str(path)
     # Dataclasses look their module up while the file runs.

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastflow.errors import ConfigError, MissingPackageError
+from fastflow.errors import ConfigError
 from fastflow.parts import Part
 from fastflow.path import expand
 from fastflow.progress import Progress
 from fastflow.rng import Draws
 from fastflow.schedules import Gap
 from fastflow.times import IndexLaw, TimeLaw, UniformIndex, karras_grid
+from fastflow.torchvision_shim import import_beside_torchvision
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -260,10 +261,7 @@ def _resized(x: Tensor, side: int) -> Tensor:
 
 @functools.cache
 def _lpips_network(backbone: str, device: torch.device) -> torch.nn.Module:
-    try:
-        import lpips
-    except ImportError:
-        raise MissingPackageError("lpips", "the LPIPS distance", "lpips") from None
+    lpips = import_beside_torchvision("lpips", "the LPIPS distance", "lpips")
     network: torch.nn.Module = lpips.LPIPS(net=backbone, verbose=False)
     return network.eval().requires_grad_(False).to(device)
 

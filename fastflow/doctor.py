@@ -53,8 +53,16 @@ class Report:
             self.add("FAIL", what, " ".join(str(error).split()))
 
 
-def examine(config: Path | None, overrides: Sequence[str], device: str) -> Report:
+def examine(
+    config: Path | None, overrides: Sequence[str], device: str, allow: tuple[str, ...] = ()
+) -> Report:
     """Look at the installation and, where one is given, at a configuration.
+
+    Args:
+        config: a configuration file, or None.
+        overrides: `key=value` texts for it.
+        device: as for training.
+        allow: packages of your own that a saved configuration may name classes of.
 
     Raises:
         ConfigError: the configuration cannot be read or an override does not fit.
@@ -67,7 +75,7 @@ def examine(config: Path | None, overrides: Sequence[str], device: str) -> Repor
         for package, purpose in OPTIONAL.items():
             _package(report, package, purpose)
         if config is not None:
-            _configuration(report, config, overrides, here)
+            _configuration(report, config, overrides, here, allow)
     return report
 
 
@@ -85,13 +93,17 @@ def _package(report: Report, package: str, purpose: str) -> None:
         report.add("-", package, f"not installed ({purpose})")
 
 
-def _configuration(report: Report, config: Path, overrides: Sequence[str], here: World) -> None:
-    written = load_experiment(config, kind=Experiment)
-    experiment = override(written, overrides)
+def _configuration(
+    report: Report, config: Path, overrides: Sequence[str], here: World, allow: tuple[str, ...]
+) -> None:
+    written = load_experiment(config, kind=Experiment, allow=allow)
+    experiment = override(written, overrides, allow)
     report.add("ok", "configuration", f"{config}: {experiment.name}")
     report.attempt("data", lambda: build(experiment.data, at="data").summary())
     if report.healthy:
         report.attempt("experiment", lambda: _fits(experiment, here))
+    else:
+        report.add("-", "experiment", "not checked: it needs the data")
     report.add("ok", "expected", expectations(experiment))
     for change in diff(_published(written, config), experiment):
         report.add("!", "differs", f"{change} (the configuration we ship -> yours)")

@@ -98,7 +98,8 @@ class Model:
         """Samples [len(seeds), *shape], float32, images in about [-1, 1], not clamped.
 
         Args:
-            seeds: sample i depends on seeds[i] and cond[i] alone.
+            seeds: sample i depends on seeds[i] and cond[i] alone, up to the rounding of kernels
+                that differ by batch size.
             steps: network calls.
             times: the `steps - 1` intermediate times; None takes the experiment's.
             cond: class rows [B, cond_dim]; None is unconditional.

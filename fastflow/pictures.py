@@ -24,6 +24,12 @@ MARGIN = 8
 BACKGROUND = (255, 255, 255)
 SIDE = 64
 """Small images are enlarged by a whole factor, to about this many pixels."""
+MOST_COLUMNS = 16
+
+
+def class_columns(classes: int) -> int | None:
+    """One column per class where they fit side by side; None for no classes or many."""
+    return classes if 2 <= classes <= MOST_COLUMNS else None
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -32,15 +38,20 @@ def to_bytes(images: Tensor) -> Tensor:
     return torch.where(values.isnan(), 0.0, values).to(torch.uint8)
 
 
-def grid(images: Tensor) -> Image:
-    """Images [N, C, H, W] in [-1, 1], C 1 or 3, as one nearly square grid, small ones enlarged."""
+def grid(images: Tensor, columns: int | None = None) -> Image:
+    """Images [N, C, H, W] in [-1, 1], C 1 or 3, as one grid, small ones enlarged.
+
+    Args:
+        images: row by row.
+        columns: images in a row; None makes the grid nearly square.
+    """
     from PIL import Image
 
     count, _, height, width = images.shape
     factor = max(1, SIDE // max(height, width))
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    gap = max(1, factor // 4)
+    gap = max(1, factor // 2)
     tiles = to_bytes(images).expand(count, 3, height, width)
     tiles = repeat(tiles, "n c y x -> n c (y down) (x across)", down=factor, across=factor)
     tiles = F.pad(tiles, (gap, 0, gap, 0, 0, 0, 0, rows * columns - count), value=255)
@@ -49,28 +60,30 @@ def grid(images: Tensor) -> Image:
     return Image.fromarray(rearrange(canvas, "c y x -> y x c").numpy())
 
 
-def save_samples(samples: Tensor, path: Path) -> None:
+def save_samples(samples: Tensor, path: Path, columns: int | None = None) -> None:
     """One PNG of samples: images [N, C, H, W] in [-1, 1] or points [N, 2].
 
     Raises:
         ConfigError: samples of another shape.
     """
-    save_panels({"": samples}, path)
+    save_panels({"": samples}, path, columns)
 
 
-def save_panels(panels: Mapping[str, Tensor], path: Path) -> None:
+def save_panels(panels: Mapping[str, Tensor], path: Path, columns: int | None = None) -> None:
     """Sets of samples of one kind side by side, each under its title, as a PNG.
 
     Args:
         panels: images [N, C, H, W] in [-1, 1], C 1 or 3, or points [N, 2], by title.
         path: the file; its folder is made.
+        columns: images in a row, see `grid`.
 
     Raises:
         ConfigError: samples of another shape.
     """
     first = next(iter(panels.values()))
     if first.ndim == 4 and first.shape[1] in (1, 3):
-        picture = _side_by_side({title: grid(images.cpu()) for title, images in panels.items()})
+        grids = {title: grid(images.cpu(), columns) for title, images in panels.items()}
+        picture = _side_by_side(grids)
         _write(lambda file: picture.save(file, format="png"), path)
     elif first.ndim == 2 and first.shape[1] == 2:
         _write(_clouds(panels).savefig, path)

@@ -101,9 +101,23 @@ def from_plain(data: Any, allow: Iterable[str] = (), where: str = "") -> Any:
         raise located(error, cls, where) from error
 
 
+def targets_of(root: Any) -> tuple[str, ...]:
+    """The classes a tree is made of, each as module:Class."""
+    return tuple(sorted(set(_targets(to_plain(root)))))
+
+
 def packages_of(root: Any) -> tuple[str, ...]:
     """The modules whose classes a tree is made of: what must be allowed to read it again."""
-    return tuple(sorted({target.partition(":")[0] for target in _targets(to_plain(root))}))
+    return tuple(sorted({target.partition(":")[0] for target in targets_of(root)}))
+
+
+def own_packages_of(root: Any) -> tuple[str, ...]:
+    """The modules of a tree that `ALLOWED` does not hold: those a reader must allow."""
+    return tuple(module for module in packages_of(root) if not _is_of(module, ALLOWED))
+
+
+def _is_of(module: str, packages: Iterable[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 def _targets(plain: Any) -> Iterator[str]:
@@ -134,9 +148,10 @@ def _resolve(target: Any, allowed: tuple[str, ...], where: str) -> type:
 
 
 def _require_allowed(module: str, allowed: tuple[str, ...], text: str) -> None:
-    if not any(module == package or module.startswith(f"{package}.") for package in allowed):
+    if not _is_of(module, allowed):
         raise ConfigError(
-            f"{text} is refused; classes of these packages are accepted: {', '.join(allowed)}"
+            f"{text} is refused; classes of these packages are accepted: {', '.join(allowed)}; "
+            f"--allow PACKAGE (in Python, allow=) adds one that you trust"
         )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from typing import TYPE_CHECKING
 
 import torch
 
 import fastflow
-from fastflow.config import Lazy
+from fastflow.config import Lazy, own_packages_of
 from fastflow.evaluation.results import label
 from fastflow.experiment import Experiment
 from fastflow.method import Networks
@@ -66,11 +67,12 @@ def end(trainer: Trainer) -> str:
         done = f"stopped by {state.stop} after step {state.step:,} of {trainer.experiment.steps:,}"
         return f"{done}, which is saved; the same command goes on from there"
     run_dir = state.run_dir
+    own = "".join(f" --allow {package}" for package in own_packages_of(trainer.experiment))
     return (
         f"trained {state.step:,} steps; weights are in {run_dir / WEIGHTS}. Next:\n"
-        f"  fastflow evaluate {run_dir}\n"
-        f"  fastflow sample {run_dir}\n"
-        f"  fastflow compare {run_dir.parent}"
+        f"  fastflow evaluate {shlex.quote(str(run_dir))}{own}\n"
+        f"  fastflow sample {shlex.quote(str(run_dir))}{own}\n"
+        f"  fastflow compare {shlex.quote(str(run_dir.parent))}"
     )
 
 

@@ -54,6 +54,13 @@ class Teacher(Part):
     step: TeacherStep = dataclasses.field(default_factory=Heun)
     guidance: float = 1.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source.predicts != "denoiser":
+            raise ConfigError(
+                f"Teacher.source.predicts: {self.source.predicts!r} given, accepted: 'denoiser'"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CM(FlowMapMethod):

@@ -15,7 +15,7 @@ from torch.nn.functional import one_hot
 from fastflow.data.dataset import Dataset
 from fastflow.data.download import cache_folder
 from fastflow.distributed import World
-from fastflow.errors import ConfigError, DivergenceError
+from fastflow.errors import DivergenceError
 from fastflow.evaluation.interface import Gauge, Reading, Sampler, Samples, Setting, Source
 from fastflow.evaluation.results import Result, commit, hardware
 from fastflow.evaluation.spec import Evaluation
@@ -104,7 +104,7 @@ def _generated(setting: Setting, steps: int, block: int) -> Iterator[Samples]:
         first = evaluation.seed + block * evaluation.samples
         seeds = range(first + indices.start, first + indices.stop)
         labels = class_labels(seeds, model.cond_dim)
-        cond = class_rows(seeds, model.cond_dim)
+        cond = None if labels is None else one_hot(labels, model.cond_dim).float()
         x = model.sample(seeds, steps, between, None if cond is None else cond.to(model.device))
         _check_finite(x, seeds, steps, model)
         if mine < len(batches):
@@ -116,21 +116,6 @@ def class_labels(seeds: range, classes: int) -> Tensor | None:
     if classes == 0:
         return None
     return torch.tensor([fold_in(seed, "label") % classes for seed in seeds])
-
-
-def class_rows(seeds: range, classes: int, label: int | None = None) -> Tensor | None:
-    """One-hot rows [n, classes] of `class_labels`, or all of one label; None without classes.
-
-    Raises:
-        ConfigError: a label that the model does not have.
-    """
-    if label is not None and not 0 <= label < classes:
-        accepted = f"0 to {classes - 1}" if classes else "none (the model is unconditional)"
-        raise ConfigError(f"label: {label} given, accepted: {accepted}")
-    labels = class_labels(seeds, classes)
-    if labels is None:
-        return None
-    return one_hot(labels if label is None else torch.full_like(labels, label), classes).float()
 
 
 def _check_finite(x: Tensor, seeds: range, steps: int, model: Sampler) -> None:

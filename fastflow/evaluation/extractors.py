@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastflow.errors import DataError
 from fastflow.evaluation.spec import Quantisation
-from fastflow.evaluation.torchvision_shim import import_beside_torchvision
 from fastflow.parts import Part
+from fastflow.torchvision_shim import import_beside_torchvision
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"

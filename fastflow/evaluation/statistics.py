@@ -67,12 +67,6 @@ class FeatureStatistics:
         self._sum += x.sum(0)
         self._outer.addmm_(x.T, x)
 
-    def merge(self, other: FeatureStatistics) -> None:
-        """Add what another accumulator has seen."""
-        self.count += other.count
-        self._sum += other._sum.to(self._sum.device)
-        self._outer += other._outer.to(self._outer.device)
-
     def reduced(self, world: World) -> FeatureStatistics:
         """The sums over all processes; every process must call it."""
         total = FeatureStatistics(self._sum.shape[0], self._sum.device)

@@ -101,6 +101,11 @@ def test_impossible_boundaries_are_refused(boundary):
         CM(pairs=GridPairing(), boundary=boundary)
 
 
+def test_a_teacher_must_be_a_denoiser():
+    with pytest.raises(ConfigError, match="predicts: 'velocity' given, accepted: 'denoiser'"):
+        Teacher(source=Frozen(weights="x.safetensors", predicts="velocity"))
+
+
 def test_needs_and_companions():
     assert ECT.needs == {"ratio"}
     assert ECT.companions() == {}

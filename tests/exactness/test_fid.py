@@ -89,17 +89,6 @@ def test_covariance_equals_numpys():
     torch.testing.assert_close(found.mean, features.mean(0), rtol=1e-13, atol=1e-13)
 
 
-def test_parts_add_up():
-    features = torch.randn(40, 3)
-    whole, part = FeatureStatistics(3), FeatureStatistics(3)
-    whole.update(features[:25])
-    part.update(features[25:])
-    whole.merge(part)
-    both = moments(features)
-    assert whole.moments().count == 40
-    torch.testing.assert_close(whole.moments().cov, both.cov, rtol=1e-13, atol=1e-14)
-
-
 def test_refusals():
     a = gaussian(torch.zeros(3), torch.eye(3))
     with pytest.raises(DataError, match="3 and of 4 features"):

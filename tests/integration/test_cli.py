@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from callbacks.ct_schedule import CTScheduleCallback
 from callbacks.jsonl_log import JsonlLog
 from fastflow import cli
-from fastflow.config import from_plain, lazy, load_experiment, save_yaml
+from fastflow.config import from_plain, lazy, load_experiment, save_yaml, to_yaml
 from fastflow.evaluation.results import read
 from fastflow.model import Model
 from fastflow.schedules import RatioStages
 from fastflow.trainer import Trainer
+from methods.cm import CM
 from tiny import OBSERVERS, digits, drivers, toy, train
 
 ROOT = Path(__file__).parents[2]
@@ -197,6 +198,61 @@ def test_help_and_version(call):
         assert "usage: fastflow" in out
 
 
+def test_a_method_of_ones_own_in_another_folder(call, tmp_path, monkeypatch):
+    """Trained, sampled and evaluated once its module is allowed, and refused before."""
+    (tmp_path / "my_method.py").write_text(
+        "from methods.cm import CM\n\n\nclass Mine(CM):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    saved, run = tmp_path / "mine.yaml", tmp_path / "run"
+    saved.write_text(to_yaml(toy()).replace("methods.cm:CM", "my_method:Mine"))
+    allow = ("--allow", "my_method")
+    try:
+        status, _, err = call("train", "--config", saved, "--run-dir", run)
+        assert status == 2
+        assert "'my_method:Mine' is refused" in err[0]
+        assert "--allow PACKAGE" in err[0]
+        assert not run.exists()
+        status, out, _ = call("train", "--config", saved, "--run-dir", run, *allow)
+        assert status == 0
+        assert f"fastflow sample {run} --allow my_method" in out
+        assert call("sample", run)[0] == 2
+        assert call("sample", run, *allow)[0] == 0
+        assert call("evaluate", run, "evaluation.samples=32", *allow)[0] == 0
+        assert "my_method" in call("doctor", "--config", saved)[2][0]
+        assert call("doctor", "--config", saved, *allow)[0] == 0
+        assert isinstance(Model.load(run, allow=("my_method",)).method, CM)
+    finally:
+        sys.modules.pop("my_method", None)
+
+
+def test_a_class_that_only_its_configuration_file_has_is_refused(call, tmp_path):
+    """Trained, it could never be loaded again."""
+    path = tmp_path / "config_x.py"
+    path.write_text(
+        "import dataclasses\nfrom methods.cm import CM\nfrom tiny import toy\n\n\n"
+        "class Mine(CM):\n    pass\n\n\n"
+        "def experiment():\n    base = toy()\n    parts = vars(base.method)\n"
+        "    return dataclasses.replace(base, method=Mine(**parts))\n"
+    )
+    status, _, err = call("train", "--config", path, "--run-dir", tmp_path / "run")
+    assert status == 2
+    assert err[0].startswith("fastflow: Mine: defined in the configuration file")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m fastflow compare --format json"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 # Interrupted in another process
 
 
@@ -333,6 +389,7 @@ def test_doctor_tells_what_is_missing(call, tmp_path, monkeypatch):
     assert status == 2
     assert "FAIL data" in out
     assert "no.zip does not exist" in out
+    assert "experiment     not checked: it needs the data" in out
     assert "init_from: the published recipe has" in out
     assert call("doctor")[0] == 0
 

@@ -17,7 +17,7 @@ from data_files import write_cifar10_python
 from fastflow import cli
 from fastflow.evaluation.extractors import InceptionV3
 from fastflow.evaluation.results import read
-from fastflow.evaluation.torchvision_shim import import_beside_torchvision
+from fastflow.torchvision_shim import import_beside_torchvision
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "experiments" / "EDM" / "config_cm_cifar10.py"

@@ -21,7 +21,7 @@ from fastflow.evaluation.evaluate import evaluate
 from fastflow.evaluation.extractors import InceptionV3, load_inception
 from fastflow.evaluation.metrics import FID
 from fastflow.evaluation.spec import Evaluation
-from fastflow.evaluation.torchvision_shim import import_beside_torchvision
+from fastflow.torchvision_shim import import_beside_torchvision
 
 CPU = torch.device("cpu")
 

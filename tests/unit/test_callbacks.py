@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,9 @@ def test_the_guard_names_step_parameter_and_metrics(tmp_path: Path, value: float
     assert "first bad gradient: second.weight" in text
     assert "loss 0." in text or "loss 1." in text, "the loss of that very step, still finite"
     assert "Last good checkpoint: none" in text
+    advised = re.findall(r"NonFiniteGuard\((\w+)='(\w+)'\)", text)
+    assert NonFiniteGuard(**dict(advised)), "the advice can be followed"
+    assert advised == [("action", "skip")]
 
 
 def test_the_guard_sees_a_bad_loss_and_names_the_last_checkpoint(tmp_path: Path) -> None:
@@ -222,6 +226,7 @@ def test_the_guard_sees_a_bad_loss_and_names_the_last_checkpoint(tmp_path: Path)
     with pytest.raises(DivergenceError, match="step 2.*loss nan.*all gradients were finite") as e:
         step(state, [guard], poison=bad_loss)
     assert str(folder) in str(e.value)
+    assert f"init_from={tmp_path}" in str(e.value)
 
 
 @pytest.mark.parametrize("hook", ["before_save", "on_end"])

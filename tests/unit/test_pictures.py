@@ -39,7 +39,7 @@ def test_a_grid_shows_each_image_enlarged_in_reading_order(channels: int) -> Non
     images = torch.linspace(-1, 1, 5).reshape(5, 1, 1, 1).expand(5, channels, 8, 8).clone()
     images[:, 0, 0, 0] = 1.0
     array = np.asarray(grid(images))
-    gap, side = 2, 66  # factor 8, a gap of 2
+    gap, side = 4, 68  # factor 8, a gap of 4
     assert array.shape == (2 * side + gap, 3 * side + gap, 3)
     for number in range(5):
         top, left = number // 3 * side + gap, number % 3 * side + gap
@@ -47,6 +47,10 @@ def test_a_grid_shows_each_image_enlarged_in_reading_order(channels: int) -> Non
         assert (tile[8:, 8:] == round(127.5 * (number / 2))).all() or number in (1, 3)
         assert (tile[:8, :8, 0] == 255).all()
     assert (array[side + gap :, 2 * side + gap :] == 255).all(), "the sixth place is empty"
+
+
+def test_columns_can_be_given() -> None:
+    assert np.asarray(grid(torch.zeros(6, 1, 8, 8), columns=2)).shape == (3 * 68 + 4, 2 * 68 + 4, 3)
 
 
 def test_large_images_keep_their_size() -> None:
@@ -58,7 +62,7 @@ def test_panels_stand_side_by_side_under_their_titles(tmp_path: Path) -> None:
     panels = {"1 step": torch.zeros(4, 1, 8, 8), "2 steps": torch.ones(4, 1, 8, 8)}
     save_panels(panels, path)
     array = pixels(path)
-    width = 2 * 66 + 2
+    width = 2 * 68 + 4
     assert array.shape == (width + 24 + 16, 2 * width + 3 * 8, 3)
     assert (array[:24, :60] < 100).any(), "a title"
     assert (array[60, 30] == 128).all()
@@ -128,6 +132,8 @@ def test_classes_take_turns_in_a_grid(tmp_path: Path, monkeypatch) -> None:
     finish(state, [grid_callback])
     assert seen[0].argmax(1).tolist() == [0, 1, 2, 0, 1]
     assert seen[0].sum(1).tolist() == [1.0] * 5
+    drawn = pixels(tmp_path / "samples" / "step_00000000.png")
+    assert drawn.shape[1] == 3 * 68 + 4 + 2 * 8, "a column for each class"
 
 
 def test_points_are_drawn_beside_the_data(tmp_path: Path) -> None:

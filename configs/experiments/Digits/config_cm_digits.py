@@ -73,8 +73,8 @@ def experiment() -> Experiment:
             lazy(LossByTime),
             lazy(ProgressBar),
             lazy(JsonlLog, every=20),
-            lazy(SampleGrid, every=350),
-            lazy(CheckpointCallback, every=350),
+            lazy(SampleGrid, every=700),
+            lazy(CheckpointCallback, every=700),
             lazy(Curves),
         ),
         evaluation=Evaluation(

@@ -1,0 +1,1 @@
+"""What fastflow's steps, samplers and loaders cost."""
