@@ -101,6 +101,7 @@ def restore(
     for name, weights in tensors["emas"].items():
         state.emas[name].load_state_dict(weights)
     state.step = meta["step"]
+    state.seconds = meta["seconds"]
     scaler.load_state_dict(meta["scaler"])
     for key, callback in _named(callbacks):
         if key in meta["callbacks"]:
@@ -193,6 +194,8 @@ def _meta(
     return {
         "step": state.step,
         "images": state.images,
+        "seconds": state.seconds,
+        "hardware": state.world.hardware,
         "student": sorted(tensors["student"]),
         "optimized": sorted(tensors["optimizer"]["state"]),
         "emas": list(state.emas),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import platform
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
@@ -31,6 +33,13 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def hardware(self) -> str:
+        """The devices that compute: "2 x NVIDIA H100", "1 x AMD EPYC 9B14, 2 threads"."""
+        if self.device.type == "cuda":
+            return f"{self.size} x {torch.cuda.get_device_name(self.device)}"
+        return f"{self.size} x {_cpu()}, {torch.get_num_threads()} threads"
 
     @property
     def is_main(self) -> bool:
@@ -169,3 +178,14 @@ def reshard(network: nn.Module) -> None:
     """
     if isinstance(network, FSDPModule):
         network.reshard()
+
+
+@functools.cache
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

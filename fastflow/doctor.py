@@ -107,7 +107,7 @@ def _configuration(
     report.add("ok", "expected", expectations(experiment))
     for change in diff(_published(written, config), experiment):
         report.add("!", "differs", f"{change} (the configuration we ship -> yours)")
-    for key, value in experiment.published.items():
+    for key, value in experiment.departures.items():
         report.add("!", "differs", f"{key}: the published recipe has {value}")
 
 

@@ -108,6 +108,12 @@ class Experiment(Part):
             except ConfigError as error:
                 raise ConfigError(f"evaluation.{error}") from error
 
+    @property
+    def departures(self) -> Mapping[str, str]:
+        """`published`, less the initial weights where some are given."""
+        given = {"init_from"} if self.init_from is not None else set()
+        return {key: text for key, text in self.published.items() if key not in given}
+
 
 def _at_least(least: int, value: int | None, key: str) -> None:
     if value is not None and value < least:

@@ -27,6 +27,7 @@ class Model:
         network: in eval mode on its device.
         weights_name: "student" or the name of an EMA.
         step, images: how far it was trained.
+        seconds, hardware: wall time of training, and the processes and devices that did it.
         device: where the network is.
     """
 
@@ -35,6 +36,8 @@ class Model:
     weights_name: str
     step: int
     images: int
+    seconds: float
+    hardware: str
     device: torch.device
 
     @classmethod
@@ -62,7 +65,16 @@ class Model:
         load_strict(network, tensors, f"{source} ({name})")
         place = torch.device(device)
         network.to(place).eval().requires_grad_(False)
-        return cls(stored.experiment, network, name, stored.step, stored.images, place)
+        return cls(
+            experiment=stored.experiment,
+            network=network,
+            weights_name=name,
+            step=stored.step,
+            images=stored.images,
+            seconds=stored.seconds,
+            hardware=stored.hardware,
+            device=place,
+        )
 
     @property
     def method(self) -> FlowMapMethod:

@@ -119,6 +119,8 @@ def export(state: TrainState) -> None:
     description = {
         "step": state.step,
         "images": state.images,
+        "seconds": state.seconds,
+        "hardware": world.hardware,
         "weights": list(sets),
         "experiment": state.experiment,
     }
@@ -133,6 +135,7 @@ class Stored:
         folder: a run directory, or a folder of exported weights.
         experiment: what was trained.
         step, images: how far.
+        seconds, hardware: what it cost: wall time of training, and where.
         names: its sets of weights, the preferred one first.
     """
 
@@ -140,6 +143,8 @@ class Stored:
     experiment: Experiment
     step: int
     images: int
+    seconds: float
+    hardware: str
     names: tuple[str, ...]
 
 
@@ -166,7 +171,15 @@ def find(source: Path, allow: tuple[str, ...] = ()) -> Stored:
     if newest is None or meta is None:
         raise CheckpointError(f"{source} holds no checkpoint and no weights yet: train it first")
     experiment = _experiment(read_yaml(source / EXPERIMENT), allow, source / EXPERIMENT)
-    return Stored(newest, experiment, meta["step"], meta["images"], (*meta["emas"], STUDENT))
+    return Stored(
+        folder=newest,
+        experiment=experiment,
+        step=meta["step"],
+        images=meta["images"],
+        seconds=meta["seconds"],
+        hardware=meta["hardware"],
+        names=(*meta["emas"], STUDENT),
+    )
 
 
 def _exported(folder: Path, allow: tuple[str, ...]) -> Stored:
@@ -174,10 +187,12 @@ def _exported(folder: Path, allow: tuple[str, ...]) -> Stored:
     try:
         description = read_yaml(file)
         step, images = int(description["step"]), int(description["images"])
+        seconds, hardware = float(description["seconds"]), str(description["hardware"])
         names, plain = tuple(description["weights"]), description["experiment"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} is no model description: {error}") from error
-    return Stored(folder, _experiment(plain, allow, file), step, images, names)
+    experiment = _experiment(plain, allow, file)
+    return Stored(folder, experiment, step, images, seconds, hardware, names)
 
 
 def _experiment(plain: object, allow: tuple[str, ...], source: Path) -> Experiment:

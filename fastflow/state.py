@@ -29,6 +29,7 @@ class TrainState:
         optimizer: over the student's parameters.
         run_dir: where everything is written; rank 0 writes, unless said otherwise.
         step: optimizer steps finished.
+        seconds: wall time of training so far, earlier runs that this one continues included.
         curriculum: values the drivers wrote for the current step.
         loss: the local losses of the last step, detached: per_sample [B_local], times [B_local].
         metrics: scalars of the last step by name: tensors on the device (read them only where
@@ -45,6 +46,7 @@ class TrainState:
     run_dir: Path
     emas: dict[str, EMA] = dataclasses.field(default_factory=dict)
     step: int = 0
+    seconds: float = 0.0
     curriculum: dict[str, float] = dataclasses.field(default_factory=dict)
     loss: Loss | None = None
     metrics: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)

@@ -43,7 +43,7 @@ def start(trainer: Trainer) -> str:
         "expected": expectations(experiment),
         "run": f"{state.run_dir}, {_position(trainer)}",
     }
-    for key, value in experiment.published.items():
+    for key, value in experiment.departures.items():
         rows[f"! {key}"] = f"the published recipe has: {value}"
     width = max(map(len, rows))
     lines = [f"fastflow {fastflow.__version__}: {experiment.name}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,8 +91,10 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(state)
             batches = self.loader.batches(state.step)
+            started = time.perf_counter() - state.seconds
             while state.step < self.experiment.steps and state.stop is None:
                 self._step(next(batches))
+                state.seconds = time.perf_counter() - started
                 self._agree_on_stop()
             for driver in self.drivers:
                 driver.on_end(state)

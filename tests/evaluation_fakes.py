@@ -57,6 +57,8 @@ class Model:
     weights_name: str = "ema_0.99"
     step: int = 100
     images: int = 6400
+    seconds: float = 12.5
+    hardware: str = "1 x GPU"
     device: torch.device = torch.device("cpu")
     experiment: Any = dataclasses.field(
         default_factory=lambda: SimpleNamespace(name="toy", batch_size=64)
@@ -161,6 +163,8 @@ ROW = Result(
     images=179_200_000,
     batch_size=512,
     commit="",
+    train_seconds=3600.0,
+    trained_on="8 x GPU",
     hardware="1 x GPU",
     torch="2.13.0",
     seconds=12.5,

@@ -17,7 +17,7 @@ from fastflow.data.download import cache_folder
 from fastflow.distributed import World
 from fastflow.errors import DivergenceError
 from fastflow.evaluation.interface import Gauge, Reading, Sampler, Samples, Setting, Source
-from fastflow.evaluation.results import Result, commit, hardware
+from fastflow.evaluation.results import Result, commit
 from fastflow.evaluation.spec import Evaluation
 from fastflow.rng import fold_in
 
@@ -161,8 +161,10 @@ def _row(
         step=model.step,
         images=model.images,
         batch_size=model.experiment.batch_size,
+        train_seconds=model.seconds,
+        trained_on=model.hardware,
         commit=commit(),
-        hardware=hardware(setting.world.device, setting.world.size),
+        hardware=setting.world.hardware,
         torch=torch.__version__,
         seconds=seconds,
     )

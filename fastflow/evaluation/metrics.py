@@ -24,7 +24,7 @@ from fastflow.evaluation.statistics import FeatureStatistics, Moments
 from fastflow.parts import Part
 from fastflow.rng import fold_in
 
-HALVES = "fid_real_halves"
+HALVES = "FID between halves of the real data"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,10 @@ import dataclasses
 import functools
 import json
 import os
-import platform
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastflow.errors import DataError
 
@@ -46,6 +43,7 @@ class Result:
         step, images: optimizer steps and training images behind them.
         batch_size: samples per optimizer step over all processes.
         commit: of fastflow's repository, "+" when it had changes; "" outside a repository.
+        train_seconds, trained_on: wall time of training, and the processes and devices that did it.
         hardware: processes and devices that measured.
         torch: version.
         seconds: time to generate and measure all blocks, all metrics together.
@@ -77,6 +75,8 @@ class Result:
     step: int
     images: int
     batch_size: int
+    train_seconds: float
+    trained_on: str
     commit: str
     hardware: str
     torch: str
@@ -173,21 +173,3 @@ def commit() -> str:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def hardware(device: torch.device, processes: int) -> str:
-    """The devices that compute: "2 x NVIDIA A100-SXM4-40GB", "1 x AMD EPYC 9B14, 2 threads"."""
-    if device.type == "cuda":
-        return f"{processes} x {torch.cuda.get_device_name(device)}"
-    return f"{processes} x {_cpu()}, {torch.get_num_threads()} threads"
-
-
-@functools.cache
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -10,6 +10,7 @@ from callbacks.ema import EMACallback
 from callbacks.jsonl_log import JsonlLog
 from callbacks.progress_bar import ProgressBar
 from fastflow.config import lazy, load_experiment, override
+from fastflow.distributed import World
 from fastflow.ema import ConstantEMA
 from fastflow.errors import CheckpointError, ConfigError
 from fastflow.evaluation.spec import Evaluation, Expected
@@ -205,3 +206,21 @@ def test_a_spoilt_model_description_is_an_error(text, tmp_path):
     (tmp_path / "run" / "weights" / "model.yaml").write_text(text)
     with pytest.raises(CheckpointError, match=r"model\.yaml is no model description"):
         Model.load(tmp_path / "run" / "weights")
+
+
+def test_the_cost_of_training_is_kept_across_a_resume(tmp_path):
+    halfway = train(toy(), tmp_path / "run", stop_at=2).seconds
+    assert halfway > 0
+    resumed = Trainer(toy(), tmp_path / "run")
+    assert resumed.state.seconds == halfway
+    assert resumed.fit().seconds > halfway
+    model = Model.load(tmp_path / "run")
+    assert model.seconds == resumed.state.seconds
+    assert model.hardware == World().hardware
+
+
+def test_a_departure_that_was_given_is_not_reported():
+    published = {"init_from": "weights of a teacher", "lr": "1"}
+    experiment = dataclasses.replace(toy(), published=published)
+    assert experiment.departures == published
+    assert dataclasses.replace(experiment, init_from="w.safetensors").departures == {"lr": "1"}

@@ -103,13 +103,13 @@ def test_baselines_and_unknown_experiments(tmp_path, configs):
         samples=5000,
         value=2.0,
         baseline=2.5,
-        baseline_name="fid_real_halves",
+        baseline_name="FID between halves of the real data",
     )
     record(tmp_path, [digits])
     line = comparison(tmp_path, configs)[-1]
     assert (line.experiment, line.expected, line.ratio) == ("mine", 2.5, 0.8)
-    assert line.source == "fid real halves"
-    assert "[1] fid real halves" in table([digits])
+    assert line.source == "FID between halves of the real data"
+    assert "[1] FID between halves of the real data" in table([digits])
     assert "0.8" in table([digits])
 
 

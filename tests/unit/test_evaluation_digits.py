@@ -107,7 +107,7 @@ def test_fid_against_the_halves(tmp_path):
     assert half.samples == 898
     assert half.label == "FID half-898"
     assert 1.5 < fid.baseline < 4.5
-    assert fid.baseline_name == half.baseline_name == "fid_real_halves"
+    assert fid.baseline_name == half.baseline_name == "FID between halves of the real data"
     assert math.isclose(half.ratio, half.value / half.baseline)
     # The data in its stored order, cut in the middle: other writers, so not zero but no disaster.
     assert 0.1 < half.value < 10 * half.baseline

@@ -85,6 +85,7 @@ def test_rows_tell_what_produced_them():
     assert row.torch == torch.__version__
     assert row.hardware.startswith("1 x ")
     assert row.seconds > 0
+    assert (row.train_seconds, row.trained_on) == (12.5, "1 x GPU")
 
 
 def test_fid_rows_tell_what_produced_them(tmp_path, pictures):

@@ -2,11 +2,11 @@ import dataclasses
 import json
 
 import pytest
-import torch
 
 from evaluation_fakes import ROW
+from fastflow.distributed import World
 from fastflow.errors import DataError
-from fastflow.evaluation.results import Result, commit, hardware, read, record
+from fastflow.evaluation.results import Result, commit, read, record
 
 
 def test_rows_come_back_as_they_were(tmp_path):
@@ -72,7 +72,7 @@ def test_the_file_is_plain_json(tmp_path):
 
 
 def test_provenance_of_this_machine():
-    name = hardware(torch.device("cpu"), 2)
+    name = World(size=2).hardware
     assert name.startswith("2 x ")
     assert "threads" in name
     assert commit() == "" or len(commit().rstrip("+")) == 40

@@ -88,5 +88,6 @@ def experiment() -> Experiment:
         ),
         published={
             "init_from": "weights of EDM's edm-cifar10-32x32-uncond-vp (CIFAR-10, DDPM++)",
+            "start of sampling": "sigma 79.56 (FastGen), here 80",
         },
     )
