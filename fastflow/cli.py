@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # argparse takes options and positional words in one order only; overrides go anywhere.
         arguments.overrides = _overrides(arguments, rest)
         status: int = arguments.run(arguments)
+        sys.stdout.flush()  # or a broken pipe would show when the interpreter has ended
     except DivergenceError as error:
         return _fail(str(error), 3)
     except FastflowError as error:
