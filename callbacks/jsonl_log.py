@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastflow.callback import Observer
 from fastflow.errors import ConfigError
 from fastflow.logging import JsonLines, StepLog
@@ -27,24 +25,17 @@ class JsonlLog(Observer):
         if every < 1:
             raise ConfigError(f"JsonlLog.every: {every} given, 1 or more accepted")
         self._log = StepLog(every)
-        self._seconds = 0.0
 
     def on_start(self, state: TrainState) -> None:
         if state.world.is_main:
             _file(state).rewind(state.step)
-        self._log.start(state, self._seconds)
+        self._log.start(state)
 
     def after_step(self, state: TrainState) -> None:
         self._write(state, self._log.add(state))
 
     def on_end(self, state: TrainState) -> None:
         self._write(state, self._log.rest(state))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._log.seconds}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seconds = state["seconds"]
 
     def _write(self, state: TrainState, record: dict[str, float] | None) -> None:
         if record is not None and state.world.is_main:

@@ -37,7 +37,7 @@ class TensorBoardLog(Observer):
             raise MissingPackageError("tensorboard", "TensorBoardLog", "log") from None
 
     def on_start(self, state: TrainState) -> None:
-        self._log.start(state, 0.0)
+        self._log.start(state)
         if state.world.is_main:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -54,7 +54,7 @@ class WandbLog(Observer):
             )
 
     def on_start(self, state: TrainState) -> None:
-        self._log.start(state, 0.0)
+        self._log.start(state)
         if state.world.is_main:
             import wandb
 

@@ -58,21 +58,14 @@ class StepLog:
     def __init__(self, every: int) -> None:
         self._every = every
         self._averages = Averages()
-        self._before = 0.0
-        self._began = self._since = time.monotonic()
+        self._since = time.monotonic()
         self._images = 0
         self._recorded = -1
 
-    def start(self, state: TrainState, seconds: float) -> None:
-        """Start the clock; `seconds` were trained by earlier runs that this one continues."""
-        self._before = seconds
-        self._began = self._since = time.monotonic()
+    def start(self, state: TrainState) -> None:
+        """Start the clock that the speed is measured by."""
+        self._since = time.monotonic()
         self._images, self._recorded = state.images, state.step
-
-    @property
-    def seconds(self) -> float:
-        """Training time so far, with that of earlier runs."""
-        return self._before + time.monotonic() - self._began
 
     def add(self, state: TrainState) -> dict[str, float] | None:
         """Count a step; every `every` steps, the record. Every process must call it."""
@@ -91,7 +84,7 @@ class StepLog:
         return {
             "step": state.step,
             "images": state.images,
-            "seconds": round(self.seconds, 3),
+            "seconds": round(state.seconds, 3),
             "images_per_second": round(speed, 2),
             **{f"curriculum/{name}": value for name, value in state.curriculum.items()},
             # Nine digits hold a float32; the rest would be the rounding of the mean.

@@ -68,6 +68,7 @@ class Trainer:
             run_dir=run_dir,
             saver=self.save,
         )
+        self._started = time.perf_counter()
         self.peak_lr = [float(group["lr"]) for group in self.state.optimizer.param_groups]
         for callback in self.callbacks:
             callback.setup(self.state)
@@ -91,10 +92,9 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(state)
             batches = self.loader.batches(state.step)
-            started = time.perf_counter() - state.seconds
+            self._started = time.perf_counter() - state.seconds
             while state.step < self.experiment.steps and state.stop is None:
                 self._step(next(batches))
-                state.seconds = time.perf_counter() - started
                 self._agree_on_stop()
             for driver in self.drivers:
                 driver.on_end(state)
@@ -135,6 +135,7 @@ class Trainer:
         student.after_step()
 
         state.step += 1
+        state.seconds = time.perf_counter() - self._started
         for name, spec in state.method.companions().items():
             if isinstance(spec, Target):
                 target = state.networks[name]

@@ -105,6 +105,7 @@ def step(state: TrainState, callbacks: list[Callback], poison=None) -> None:
         driver.before_update(state)
     state.optimizer.step()
     state.step += 1
+    state.seconds += 0.25
     for driver in drivers:
         driver.after_update(state)
     for callback in callbacks:
