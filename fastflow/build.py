@@ -51,13 +51,15 @@ class Parts:
             name: _companion(experiment, name, spec, student)
             for name, spec in experiment.method.companions().items()
         }
+        networks = Networks(student.train(), companions)
+        experiment.method.check(networks)
         for network in (student, *companions.values()):
             network.to(world.device)
             recompute = experiment.parallel.checkpoint and network is student
             distributed.shard(network, world, experiment.parallel.shard, recompute)
         return cls(
             loader=Loader(dataset, experiment.batch_size, experiment.seed, world, student.cond_dim),
-            networks=Networks(student.train(), companions),
+            networks=networks,
             optimizer=_optimizer(experiment, student),
             callbacks=callbacks,
         )
@@ -144,10 +146,6 @@ def _companion(experiment: Experiment, name: str, spec: Companion, student: Netw
         raise ConfigError(
             f"{name}: made for samples {network.sample_shape}, but the student has "
             f"{student.sample_shape}"
-        )
-    if network.predicts != spec.predicts:
-        raise ConfigError(
-            f"{name}: predicts {network.predicts!r}, accepted here: {spec.predicts!r}"
         )
     if spec.weights is not None:
         _load(network, f"{name} weights", spec.weights, experiment)

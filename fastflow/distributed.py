@@ -45,10 +45,6 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over all processes; every process must call it."""
         return self.sum(value) / self.size if self.size > 1 else value

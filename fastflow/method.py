@@ -43,12 +43,10 @@ class Frozen(Part):
         weights: a safetensors file or a run directory; None builds the network as it is (for
             networks that need no weights, such as a closed-form denoiser).
         network: its description; None means the same as the student's.
-        predicts: what it must predict (`Network.predicts`).
     """
 
     weights: str | None
     network: Lazy | None = None
-    predicts: str = "denoiser"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +117,13 @@ class FlowMapMethod(Part, abc.ABC):
     def companions(self) -> Mapping[str, Companion]:
         """The extra networks that the trainer builds, shards, updates and saves, by name."""
         return {}
+
+    def check(self, nets: Networks) -> None:
+        """Raise ConfigError where the networks do not fit each other or these hyperparameters.
+
+        Called once when a run is built, before anything is written; `expects` and `two_times` are
+        checked already.
+        """
 
     @abc.abstractmethod
     def loss(self, nets: Networks, batch: Batch, now: Progress) -> Loss:

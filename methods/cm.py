@@ -33,7 +33,7 @@ from fastflow.method import Companion, FlowMapMethod, Frozen, Loss, Networks, Ta
 from fastflow.network import Network
 from fastflow.parts import Part
 from fastflow.path import VE, scaled
-from fastflow.precond import consistency_from_denoiser
+from fastflow.precond import EDMDenoiser, consistency_from_denoiser
 from fastflow.progress import Progress
 from fastflow.rng import PairedRNG
 from fastflow.sampling import guided
@@ -53,13 +53,6 @@ class Teacher(Part):
     source: Frozen
     step: TeacherStep = dataclasses.field(default_factory=Heun)
     guidance: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.source.predicts != "denoiser":
-            raise ConfigError(
-                f"Teacher.source.predicts: {self.source.predicts!r} given, accepted: 'denoiser'"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +118,29 @@ class CM(FlowMapMethod):
             extra["teacher"] = self.teacher.source
         return extra
 
+    def check(self, nets: Networks) -> None:
+        student = nets.student
+        if isinstance(student, EDMDenoiser) and student.sigma_data != self.sigma_data:
+            raise ConfigError(
+                f"method.sigma_data: {self.sigma_data} given, accepted: {student.sigma_data}, that "
+                f"of the network"
+            )
+        if self.teacher is None:
+            return
+        teacher, guidance = nets["teacher"], self.teacher.guidance
+        if teacher.predicts != "denoiser":
+            raise ConfigError(f"teacher: predicts {teacher.predicts!r}, accepted: 'denoiser'")
+        if student.cond_dim not in (0, teacher.cond_dim):
+            raise ConfigError(
+                f"teacher: cond_dim {teacher.cond_dim} given, accepted: {student.cond_dim}, that "
+                f"of the student"
+            )
+        if student.cond_dim == 0 and guidance != 1:
+            raise ConfigError(
+                f"method.teacher.guidance: {guidance} given without classes, accepted: 1; or train "
+                f"a network of classes (cond_dim)"
+            )
+
     def loss(self, nets: Networks, batch: Batch, now: Progress) -> Loss:
         t, r = self.pairs(batch.draws, now)
         eps = batch.draws.normal("eps", batch.x.shape[1:], dtype=batch.x.dtype)
@@ -166,11 +182,6 @@ class CM(FlowMapMethod):
         """x_r: on the line through x0 and x_t (CT), or on the teacher's path through x_t (CD)."""
         if self.teacher is None:
             return batch.x + scaled(r, eps)
-        if batch.cond is None and self.teacher.guidance != 1:
-            raise ConfigError(
-                f"CM.teacher.guidance: {self.teacher.guidance} given for data without classes, "
-                f"accepted: 1; or train a network of classes (cond_dim)"
-            )
 
         def denoise(x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
             denoised: Tensor = nets["teacher"](x, t, cond=cond)

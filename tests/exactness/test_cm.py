@@ -101,11 +101,6 @@ def test_impossible_boundaries_are_refused(boundary):
         CM(pairs=GridPairing(), boundary=boundary)
 
 
-def test_a_teacher_must_be_a_denoiser():
-    with pytest.raises(ConfigError, match="predicts: 'velocity' given, accepted: 'denoiser'"):
-        Teacher(source=Frozen(weights="x.safetensors", predicts="velocity"))
-
-
 def test_needs_and_companions():
     assert ECT.needs == {"ratio"}
     assert ECT.companions() == {}
@@ -214,10 +209,6 @@ def test_teacher_guidance():
     torch.testing.assert_close(targets[3.0], extrapolated, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(targets[3.0][:3], targets[1.0][:3])
     torch.testing.assert_close(targets[3.0][3], targets[1.0][3])
-    with pytest.raises(ConfigError, match="CM.teacher.guidance: 3.0 given for data without"):
-        method.loss(
-            Networks(small_unet(), {"teacher": small_unet()}), random_batch(images(4)), CURRICULUM
-        )
 
 
 # Fixed points on data N(0, S^2): f(x, t_n) = a_n x on a grid

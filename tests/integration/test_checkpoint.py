@@ -19,17 +19,9 @@ from fastflow.trainer import Trainer
 from tiny import assert_same, digits, drivers, toy, toy_with_teacher, train
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """A run stopped after step 5 of 6, with checkpoints at 4 and 5."""
-    run_dir = tmp_path_factory.mktemp("stopped") / "run"
-    train(toy(), run_dir, stop_at=5)
-    return run_dir
-
-
 @pytest.fixture
-def run_dir(stopped, tmp_path):
-    return shutil.copytree(stopped, tmp_path / "run")
+def run_dir(stopped_copy):
+    return stopped_copy
 
 
 def contents(folder):

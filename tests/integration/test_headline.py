@@ -17,7 +17,6 @@ from data_files import write_cifar10_python
 from fastflow import cli
 from fastflow.evaluation.extractors import InceptionV3
 from fastflow.evaluation.results import read
-from fastflow.torchvision_shim import import_beside_torchvision
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "experiments" / "EDM" / "config_cm_cifar10.py"
@@ -124,32 +123,11 @@ def test_it_evaluates(trained, tmp_path, monkeypatch, capsys):
         assert part in out
 
 
-def random_inception(folder: Path) -> Path:
-    """A file of torch-fidelity's format, filled with Kaiming noise."""
-    module = import_beside_torchvision(
-        "torch_fidelity.feature_extractor_inceptionv3", "this test", "eval"
-    )
-
-    class Unfilled(module.FeatureExtractorInceptionV3):
-        def load_state_dict(self, state, *args, **kwargs):
-            return None
-
-    torch.save({}, folder / "empty.pth")
-    net = Unfilled("x", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
-    torch.manual_seed(0)
-    for parameter in net.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.kaiming_normal_(parameter)
-    torch.save(net.state_dict(), folder / "weights.pth")
-    return folder / "weights.pth"
-
-
 @pytest.mark.slow  # eigenvalues of 2048 x 2048 matrices
-def test_it_evaluates_with_inception(trained, tmp_path, monkeypatch):
+def test_it_evaluates_with_inception(trained, inception_weights, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTFLOW_DATA", str(tmp_path))
     extractor = (
-        "{_target_: fastflow.evaluation.extractors:InceptionV3, "
-        f"weights: {random_inception(tmp_path)}}}"
+        f"{{_target_: fastflow.evaluation.extractors:InceptionV3, weights: {inception_weights}}}"
     )
     metric = "{_target_: fastflow.evaluation.metrics:FID, extractor: " + extractor + "}"
     metric = f"evaluation.metrics=[{metric}]"

@@ -21,31 +21,13 @@ from fastflow.evaluation.evaluate import evaluate
 from fastflow.evaluation.extractors import InceptionV3, load_inception
 from fastflow.evaluation.metrics import FID
 from fastflow.evaluation.spec import Evaluation
-from fastflow.torchvision_shim import import_beside_torchvision
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    """A file as torch-fidelity publishes it, filled with Kaiming noise."""
-    module = import_beside_torchvision(
-        "torch_fidelity.feature_extractor_inceptionv3", "this test", "eval"
-    )
-
-    class Unfilled(module.FeatureExtractorInceptionV3):
-        def load_state_dict(self, state, *args, **kwargs):
-            return None
-
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "empty.pth")
-    net = Unfilled("x", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
-    torch.manual_seed(0)
-    for parameter in net.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.kaiming_normal_(parameter)
-    torch.save(net.state_dict(), folder / "weights.pth")
-    return folder / "weights.pth"
+@pytest.fixture
+def weights(inception_weights: Path) -> Path:
+    return inception_weights
 
 
 @pytest.mark.slow  # eigenvalues of 2048 x 2048 matrices, four times

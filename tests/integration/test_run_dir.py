@@ -21,16 +21,9 @@ from fastflow.trainer import Trainer
 from tiny import OBSERVERS, assert_same, drivers, toy, toy_with_target, train, without_observers
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("stopped") / "run"
-    train(toy(), run_dir, stop_at=5)
-    return run_dir
-
-
 @pytest.fixture
-def run_dir(stopped, tmp_path):
-    return shutil.copytree(stopped, tmp_path / "run")
+def run_dir(stopped_copy):
+    return stopped_copy
 
 
 def contents(folder):

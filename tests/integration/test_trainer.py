@@ -29,6 +29,7 @@ from callbacks.tensorboard_log import TensorBoardLog
 from callbacks.wandb_log import WandbLog
 from fastflow.callback import Driver, Observer
 from fastflow.config import lazy
+from fastflow.consistency import GridPairing
 from fastflow.data.digits import Digits
 from fastflow.data.toy import GaussianMixture2D
 from fastflow.ema import ConstantEMA
@@ -40,12 +41,14 @@ from fastflow.precond import EDMDenoiser
 from fastflow.progress import Progress
 from fastflow.schedules import LinearWarmup
 from fastflow.trainer import Trainer
-from methods.cm import Teacher
+from methods.cm import CM, Teacher
 from networks.layers import PositionalEmbedding
 from networks.mlp import ToyMLP
 from tiny import (
     GRID_CURRICULUM,
+    MLP,
     OBSERVERS,
+    RATIO,
     RATIO_CURRICULUM,
     assert_same,
     digits,
@@ -303,6 +306,13 @@ class Velocity(Network):
         super().__init__()
 
 
+def distilled(teacher: Teacher):
+    return {
+        "method": CM(pairs=GridPairing(), teacher=teacher),
+        "callbacks": (GRID_CURRICULUM,),
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -336,6 +346,25 @@ class Velocity(Network):
             "network.cond_dim: 3 given, .* 4 classes",
         ),
         (lambda: {"network": lazy(Velocity)}, "predicts 'velocity', but CM expects 'denoiser'"),
+        (
+            lambda: distilled(Teacher(source=Frozen(weights=None, network=lazy(Velocity)))),
+            "teacher: predicts 'velocity', accepted: 'denoiser'",
+        ),
+        (
+            lambda: distilled(Teacher(source=Frozen(weights=None, network=MLP), guidance=3.0)),
+            "method.teacher.guidance: 3.0 given without classes, accepted: 1",
+        ),
+        (
+            lambda: {
+                **distilled(Teacher(source=Frozen(weights=None, network=MLP))),
+                "network": lazy(EDMDenoiser, model=lazy(ToyMLP, width=16, cond_dim=4)),
+            },
+            "teacher: cond_dim 0 given, accepted: 4",
+        ),
+        (
+            lambda: {"method": CM(pairs=RATIO, sigma_data=0.7)},
+            "method.sigma_data: 0.7 given, accepted: 0.5, that of the network",
+        ),
         (lambda: {"precision": "fp16"}, "precision: 'fp16' given, accepted on a CPU: fp32, bf16"),
         (lambda: {"parallel": Parallel(shard=2)}, "parallel.shard: 2 given for 1 processes"),
         (
