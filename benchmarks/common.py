@@ -18,7 +18,7 @@ from configs.experiments.EDM import config_cm_cifar10
 from fastflow.config import build, lazy
 from fastflow.experiment import Experiment
 from fastflow.network import Network
-from fastflow.precond import EDMDenoiser
+from fastflow.wrappers import EDMDenoiser
 from networks.song_unet import SongUNet
 
 
@@ -51,7 +51,7 @@ def subjects(full: bool) -> list[Subject]:
             dropout=0.2,
         ),
     )
-    cifar10 = config_cm_cifar10.experiment()
+    cifar10 = dataclasses.replace(config_cm_cifar10.experiment(), init_from=None)
     found = [
         Subject("digits", config_cm_digits.experiment(), 128),
         Subject("DDPM++ 16x16", dataclasses.replace(cifar10, network=middling), 16),

@@ -62,7 +62,7 @@ def steps(
     def batch() -> Batch:
         nonlocal count
         count += 1
-        draws = Draws(0, count, tuple(range(subject.batch)), device)
+        draws = Draws(0, count, tuple(range(subject.batch)), device, total=subject.batch)
         return Batch(x=x, cond=cond, augment=None, draws=draws)
 
     def step(loss: Callable[[], Tensor]) -> None:

@@ -114,12 +114,13 @@ class SampleGrid(Observer):
     def _samples(self, state: TrainState, times: tuple[float, ...]) -> Tensor:
         assert self._count is not None
         student, device = state.networks.student, state.world.device
+        network = state.method.for_sampling(state.networks)
         cond = None
         if student.cond_dim:
             labels = torch.arange(self._count, device=device) % student.cond_dim
             cond = torch.nn.functional.one_hot(labels, student.cond_dim).float()
         shape = student.sample_shape
-        return generate(state.method, student, range(self._count), shape, times, cond, device).cpu()
+        return generate(state.method, network, range(self._count), shape, times, cond, device).cpu()
 
 
 def _points(state: TrainState, count: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
@@ -46,9 +45,10 @@ class Parts:
         student = build_network(experiment, "network", experiment.network)
         check_fit(experiment.method, student, dataset)
         if experiment.init_from is not None:
-            _load(student, "init_from", experiment.init_from, experiment)
+            _load(student, experiment.network, "init_from", experiment.init_from, experiment)
+        student.after_step()
         companions = {
-            name: _companion(experiment, name, spec, student)
+            name: build_companion(experiment, name, spec, student)
             for name, spec in experiment.method.companions().items()
         }
         networks = Networks(student.train(), companions)
@@ -136,25 +136,36 @@ def _check_world(experiment: Experiment, world: World) -> None:
         raise ConfigError("precision: 'fp16' given, accepted on a CPU: fp32, bf16")
 
 
-def _companion(experiment: Experiment, name: str, spec: Companion, student: Network) -> Network:
+def build_companion(
+    experiment: Experiment, name: str, spec: Companion, student: Network
+) -> Network:
+    """A companion with its initial weights, without gradients.
+
+    Raises:
+        ConfigError, CheckpointError: it or its weights do not fit.
+    """
     if not isinstance(spec, Frozen):  # a target starts as the student and keeps its dropout
         network = build_network(experiment, "network", experiment.network)
         network.load_state_dict(student.state_dict())
         return network.train().requires_grad_(False)
-    network = build_network(experiment, name, spec.network or experiment.network)
+    description = spec.network or experiment.network
+    network = build_network(experiment, name, description)
     if network.sample_shape != student.sample_shape:
         raise ConfigError(
             f"{name}: made for samples {network.sample_shape}, but the student has "
             f"{student.sample_shape}"
         )
     if spec.weights is not None:
-        _load(network, f"{name} weights", spec.weights, experiment)
-    return network.eval().requires_grad_(False)
+        _load(network, description, f"{name} weights", spec.weights, experiment)
+    network.after_step()
+    return network.train(spec.dropout).requires_grad_(False)
 
 
-def _load(network: Network, key: str, source: str, experiment: Experiment) -> None:
+def _load(
+    network: Network, description: Lazy, key: str, source: str, experiment: Experiment
+) -> None:
     try:
-        load_weights(network, Path(source), packages_of(experiment))
+        load_weights(network, description, source, packages_of(experiment))
     except CheckpointError as error:
         raise CheckpointError(f"{key}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""The command line: fastflow train | sample | evaluate | compare | doctor.
+"""The command line: fastflow train | sample | evaluate | compare | convert | networks | doctor.
 
 Exit status: 0 done; 2 a mistake in what was given (one line on stderr, nothing written);
 3 training diverged; 130 or 143 stopped by SIGINT or SIGTERM, in training after the step was
@@ -114,6 +114,21 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--format", choices=("text", "markdown", "csv", "json"), default="text")
     compare.set_defaults(run=_compare)
 
+    convert = commands.add_parser("convert", help="published weights into a file of ours")
+    convert.add_argument("source", help="an official .pkl or .pt file, or its https:// address")
+    convert.add_argument("--to", type=_safetensors, required=True, help="a .safetensors file")
+    convert.add_argument("--as", dest="kind", help="what a file does not say: dit or sit")
+    convert.add_argument("--heads", type=int, help="attention heads, where a file does not say")
+    convert.add_argument("--force", action="store_true", help="replace a file that is there")
+    convert.set_defaults(run=_convert)
+
+    networks = commands.add_parser("networks", help="networks of the literature and their sizes")
+    networks.add_argument(
+        "names", nargs="*", metavar="NAME", help="a name, or a word of names such as cifar10"
+    )
+    networks.add_argument("--format", choices=("text", "markdown", "csv", "json"), default="text")
+    networks.set_defaults(run=_networks)
+
     doctor = commands.add_parser("doctor", help="check installation, data and a configuration")
     _config(doctor, required=False)
     _device(doctor)
@@ -169,6 +184,12 @@ def _seeds(text: str) -> range:
 def _picture(text: str) -> Path:
     if not text.endswith((".png", ".npz")):
         raise argparse.ArgumentTypeError(f"{text!r} given, accepted: a .png or .npz file")
+    return Path(text)
+
+
+def _safetensors(text: str) -> Path:
+    if not text.endswith(".safetensors"):
+        raise argparse.ArgumentTypeError(f"{text!r} given, accepted: a .safetensors file")
     return Path(text)
 
 
@@ -283,6 +304,31 @@ def _compare(arguments: argparse.Namespace) -> int:
     if folder != RUNS and not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; accepted: a folder that holds runs")
     print(compare(folder, arguments.format))
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from fastflow.pretrained import Asked, convert, fetched, save
+
+    source, target = arguments.source, arguments.to
+    if target.exists() and not arguments.force:
+        raise ConfigError(
+            f"--to: {target} is there already; name another file, or replace it with --force"
+        )
+    origin = fetched(source)
+    converted = convert(origin, Asked(arguments.kind, arguments.heads))
+    count = save(converted, target, source, origin)
+    print(
+        f"{converted.kind}: {count:,} parameters, {len(converted.weights)} tensors, written to "
+        f"{target}"
+    )
+    return 0
+
+
+def _networks(arguments: argparse.Namespace) -> int:
+    from fastflow.presets import chosen, presets, table
+
+    print(table(chosen(presets(), arguments.names), arguments.format))
     return 0
 
 

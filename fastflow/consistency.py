@@ -114,13 +114,16 @@ class RatioPairing(Pairing):
         return frozenset({"ratio"})
 
     def __call__(self, draws: Draws, now: Progress) -> TimePair:
+        return self.at(self.times(draws), now)
+
+    def at(self, t: Tensor, now: Progress) -> TimePair:
+        """The pairs of given times t [B]."""
         ratio = now["ratio"]
         if ratio >= 1 and self.min_gap == 0:
             raise ConfigError(
                 f"curriculum ratio: {ratio} reached at step {now.step}, so that r = t; accepted: "
                 f"below 1. Give RatioStages a limit, e.g. limit=0.999"
             )
-        t = self.times(draws)
         r = self.gap(t, ratio)
         return TimePair(t=torch.maximum(t, r + self.min_gap), r=r)
 

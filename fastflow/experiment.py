@@ -62,7 +62,9 @@ class Experiment(Part):
             times, EMAs and losses stay in fp32.
         parallel: how the batch is divided.
         seed: of weights, data order, noise, times and dropout.
-        init_from: weights the student starts from: a .safetensors file or a run directory.
+        init_from: weights the student starts from: a run directory, a .safetensors file, an
+            official .pkl or .pt file that a converter knows, or the https:// address of a file
+            (with #sha256=HEX it is checked). None starts from random weights.
         evaluation: how the result is measured.
         expected: published results of this configuration.
         published: where this file departs from the recipe that gave those results: key (in

@@ -40,13 +40,15 @@ class Frozen(Part):
     """A companion that never changes: a teacher, or the model of an earlier stage.
 
     Attributes:
-        weights: a safetensors file or a run directory; None builds the network as it is (for
-            networks that need no weights, such as a closed-form denoiser).
+        weights: as `Experiment.init_from`; None builds the network as it is (for networks that
+            need no weights, such as a closed-form denoiser).
         network: its description; None means the same as the student's.
+        dropout: whether its dropout stays active, as in the target of a consistency loss.
     """
 
     weights: str | None
     network: Lazy | None = None
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,6 +119,15 @@ class FlowMapMethod(Part, abc.ABC):
     def companions(self) -> Mapping[str, Companion]:
         """The extra networks that the trainer builds, shards, updates and saves, by name."""
         return {}
+
+    @property
+    def sampling_companions(self) -> frozenset[str]:
+        """Names of the companions that `for_sampling` needs beside the student."""
+        return frozenset()
+
+    def for_sampling(self, nets: Networks) -> Network:
+        """The network that `flow_map` is given: the student, or one made of it and companions."""
+        return nets.student
 
     def check(self, nets: Networks) -> None:
         """Raise ConfigError where the networks do not fit each other or these hyperparameters.

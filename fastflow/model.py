@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastflow.build import build_network
+from fastflow.build import build_companion, build_network
 from fastflow.experiment import Experiment
 from fastflow.generate import generate, step_times
-from fastflow.method import FlowMapMethod
+from fastflow.method import FlowMapMethod, Frozen, Networks
 from fastflow.network import Network
-from fastflow.run_dir import find, read
+from fastflow.run_dir import Stored, find, read, read_companion
 from fastflow.weights import load_strict
 
 
@@ -63,6 +63,7 @@ class Model:
         network = build_network(stored.experiment, "network", stored.experiment.network)
         name, tensors = read(stored, weights, network)
         load_strict(network, tensors, f"{source} ({name})")
+        network = _for_sampling(stored, network)
         place = torch.device(device)
         network.to(place).eval().requires_grad_(False)
         return cls(
@@ -129,3 +130,19 @@ class Model:
             rows,
             self.device,
         )
+
+
+def _for_sampling(stored: Stored, student: Network) -> Network:
+    """What the method samples with; companions come from beside the model or from their source."""
+    experiment, companions = stored.experiment, {}
+    specs = experiment.method.companions()
+    for name in experiment.method.sampling_companions:
+        spec, weights = specs[name], read_companion(stored, name)
+        if weights is None:
+            companions[name] = build_companion(experiment, name, spec, student)
+            continue
+        assert isinstance(spec, Frozen), "sampling needs frozen companions only"
+        network = build_network(experiment, name, spec.network or experiment.network)
+        load_strict(network, weights, f"{stored.folder} (companion {name})")
+        companions[name] = network
+    return experiment.method.for_sampling(Networks(student, companions))

@@ -354,5 +354,6 @@ def vp_linear_betas(
             f"vp_linear_betas: n={n}, beta_first={beta_first}, beta_last={beta_last} given; "
             f"n >= 2 and 0 < beta_first <= beta_last < 1 accepted"
         )
-    betas = torch.linspace(beta_first, beta_last, n, dtype=torch.float64)
+    # On the CPU, whatever the default device: a network may be built on the meta device.
+    betas = torch.linspace(beta_first, beta_last, n, dtype=torch.float64, device="cpu")
     return tuple(torch.cumprod(1 - betas, 0).tolist())

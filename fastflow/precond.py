@@ -1,4 +1,4 @@
-"""From a raw network output F to a denoiser or a flow map: pure scalings, and the EDM wrapper.
+"""From a raw network output F to a denoiser or a flow map: pure scalings.
 
 A flow-map parameterisation writes the state at time s, jumped to from x at time t, as
 
@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastflow.errors import ConfigError
-from fastflow.network import Network
 from fastflow.parts import Part
 from fastflow.path import Path, scaled
 
@@ -226,66 +225,3 @@ def _with_scalings(
     given = EDMScaling(sigma_data=wanted.sigma_data)(t)
     k = b / given.c_out
     return scaled(a - k * given.c_skip, x) + scaled(k, denoised)
-
-
-class RawModel(Protocol):
-    """What `EDMDenoiser` asks of the module it wraps; `c_noise` is [B], float32 or wider."""
-
-    sample_shape: tuple[int, ...]
-    cond_dim: int
-
-    def __call__(
-        self, x: Tensor, c_noise: Tensor, cond: Tensor | None, augment: Tensor | None
-    ) -> Tensor: ...
-
-    def shard_units(self) -> list[nn.Module]: ...
-
-
-class EDMDenoiser(Network):
-    """D(x, t) = c_skip x + c_out model(c_in x, c_noise) with EDM's scalings, t = sigma.
-
-    Scalings are computed in the type of t and the noise level reaches the model in float32 or
-    wider, also under autocast. Parameters of the raw model are named `model.*`, as in EDM's
-    checkpoints.
-
-    Args:
-        model: the raw network (see `RawModel`).
-        sigma_data: standard deviation of the data.
-    """
-
-    predicts = "denoiser"
-
-    def __init__(self, model: nn.Module, sigma_data: float = 0.5) -> None:
-        super().__init__()
-        raw = cast(RawModel, model)
-        self.model = model
-        self.scaling = EDMScaling(sigma_data=sigma_data)
-        self.sample_shape = tuple(raw.sample_shape)
-        self.cond_dim = raw.cond_dim
-
-    @property
-    def sigma_data(self) -> float:
-        """Standard deviation of the data in the preconditioning."""
-        return self.scaling.sigma_data
-
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor | None = None,
-        cond: Tensor | None = None,
-        augment: Tensor | None = None,
-    ) -> Tensor:
-        """The denoised state; see `Network.forward`. Raises ConfigError when `s` is given."""
-        if s is not None:
-            raise ConfigError(
-                "EDMDenoiser takes one time, but an end time s was given; "
-                "leave s out or use a network of two times"
-            )
-        c_skip, c_out, c_in, c_noise = self.scaling(t)
-        noise_level = c_noise.to(torch.promote_types(x.dtype, torch.float32))
-        raw = self.model(scaled(c_in, x), noise_level.expand(len(x)), cond, augment)
-        return scaled(c_skip, x) + scaled(c_out, raw.to(x.dtype))
-
-    def shard_units(self) -> list[nn.Module]:
-        return cast(RawModel, self.model).shard_units()

@@ -57,12 +57,14 @@ class Draws:
         step: optimizer step, from 0.
         indices: position of each row in the global batch; a tuple, or a 1-D integer CPU tensor.
         device: where the results lie.
+        total: rows of the global batch; 0 where that is not known.
     """
 
     seed: int
     step: int
     indices: tuple[int, ...] | Tensor
     device: torch.device | str = "cpu"
+    total: int = 0
 
     @property
     def size(self) -> int:
@@ -72,6 +74,17 @@ class Draws:
     def select(self, rows: slice) -> Draws:
         """The draws of some of the rows, as for a micro-batch."""
         return replace(self, indices=self.indices[rows])
+
+    def on_cpu(self) -> Draws:
+        """The same draws left on the CPU, where reading them makes nothing wait for a device."""
+        return replace(self, device="cpu")
+
+    def move(self, values: Tensor) -> Tensor:
+        """Values on the CPU to `device`, without waiting for it."""
+        # From pinned memory, or the copy to an accelerator would wait for it.
+        if torch.device(self.device).type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
 
     def normal(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers [B, *shape]."""
@@ -85,14 +98,36 @@ class Draws:
         out = torch.empty(self.size, *shape, dtype=dtype)
         self._fill(name, out, lambda row, generator: row.uniform_(generator=generator))
         # The generator returns multiples of eps/2 in [0, 1): only zero lies outside.
-        return self._move(out.clamp_(min=torch.finfo(dtype).eps / 4))
+        return self.move(out.clamp_(min=torch.finfo(dtype).eps / 4))
 
     def integers(self, name: str, high: int) -> Tensor:
         """Integers [B] in 0 .. high-1, int64."""
         out = torch.empty(self.size, dtype=torch.int64)
-        return self._move(
+        return self.move(
             self._fill(name, out, lambda row, generator: row.random_(0, high, generator=generator))
         )
+
+    def share(self, name: str, share: float) -> Tensor:
+        """Bool [B]: exactly `rows_in(share)` rows of the global batch, chosen at random.
+
+        Raises:
+            ValueError: the size of the global batch is not known.
+        """
+        rows = self.rows_in(share)
+        generator = torch.Generator().manual_seed(_finish(_begin(self.seed, self.step, name)))
+        place = torch.randperm(self.total, generator=generator)
+        indices = torch.as_tensor(self.indices, dtype=torch.int64)
+        return self.move(place[indices] < rows)
+
+    def rows_in(self, share: float) -> int:
+        """int(share * total), the number of rows that `share` chooses from the global batch.
+
+        Raises:
+            ValueError: the size of the global batch is not known.
+        """
+        if self.total < 1:
+            raise ValueError("total: 0 given, the number of rows of the global batch accepted")
+        return int(share * self.total)
 
     def _fill(
         self, name: str, out: Tensor, fill: Callable[[Tensor, torch.Generator], Tensor]
@@ -105,12 +140,6 @@ class Draws:
             state.update(_encode(index))
             fill(row, generator.manual_seed(_finish(state)))
         return out
-
-    def _move(self, out: Tensor) -> Tensor:
-        # From pinned memory, or the copy to an accelerator would wait for it.
-        if torch.device(self.device).type == "cuda":
-            out = out.pin_memory()
-        return out.to(self.device, non_blocking=True)
 
 
 class SampleNoise:

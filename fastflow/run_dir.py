@@ -14,14 +14,26 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from fastflow import checkpoint
 from fastflow.callback import Driver
-from fastflow.config import diff, from_plain, load_yaml, packages_of, read_yaml, save_yaml
+from fastflow.config import (
+    Lazy,
+    build,
+    diff,
+    from_plain,
+    load_yaml,
+    packages_of,
+    read_yaml,
+    save_yaml,
+)
 from fastflow.errors import CheckpointError, ConfigError, one_of
 from fastflow.evaluation.spec import Evaluation
 from fastflow.experiment import Experiment, Parallel
+from fastflow.network import Network
+from fastflow.pretrained import Asked, convert, fetched, network_of, require_same_reading
 from fastflow.state import TrainState
 from fastflow.weights import gathered, load_strict, read_weights, write_weights
 
@@ -29,6 +41,8 @@ EXPERIMENT = "experiment.yaml"
 WEIGHTS = "weights"
 MODEL = "model.yaml"
 STUDENT = "student"
+COMPANION = "companion_"  # begins the file names of those that sampling needs
+_LOGVAR_HEAD = "logvar_head."  # what `fastflow.wrappers` call it
 
 
 def check(run_dir: Path, experiment: Experiment) -> None:
@@ -111,6 +125,9 @@ def export(state: TrainState) -> None:
         name: ema.state_dict() for name, ema in state.emas.items()
     }
     sets[STUDENT] = state.networks.student.state_dict()
+    names = list(sets)
+    for name in sorted(state.method.sampling_companions):
+        sets[COMPANION + name] = state.networks[name].state_dict()
     for name, tensors in sets.items():
         header = {"weights": name, "step": str(state.step), "images": str(state.images)}
         whole = gathered(tensors, keep=world.is_main)
@@ -121,7 +138,7 @@ def export(state: TrainState) -> None:
         "images": state.images,
         "seconds": state.seconds,
         "hardware": world.hardware,
-        "weights": list(sets),
+        "weights": names,
         "experiment": state.experiment,
     }
     world.on_main(lambda: save_yaml(description, folder / MODEL))
@@ -221,19 +238,55 @@ def read(stored: Stored, name: str | None, network: nn.Module) -> tuple[str, dic
     return name, checkpoint.read_checkpoint_weights(stored.folder, name, network.state_dict())
 
 
-def load_weights(network: nn.Module, source: Path, allow: tuple[str, ...] = ()) -> None:
-    """Load a .safetensors file, or the preferred weights of a run directory or weights folder.
+def read_companion(stored: Stored, name: str) -> dict[str, Tensor] | None:
+    """The exported weights of a companion, or None where there are none beside the model.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    path = stored.folder / f"{COMPANION}{name}.safetensors"
+    return read_weights(path) if path.exists() else None
+
+
+def load_weights(
+    network: Network, description: Lazy, source: str, allow: tuple[str, ...] = ()
+) -> None:
+    """Load initial weights: every name and shape must fit, up to what is new in the network.
+
+    The network keeps its own values of `additions()` that the weights lack altogether. A
+    log-variance head among the weights is left out where the network has none.
 
     Args:
-        network: unsharded; every name and shape must fit.
-        source: the file or directory.
-        allow: packages beside fastflow's own that a directory's description may name.
+        network: unsharded.
+        description: what `network` was built from.
+        source: a run directory or weights folder (its preferred weights), a .safetensors file, a
+            file of another project that a converter knows (`fastflow.pretrained`), or the
+            https:// address of a file, which is downloaded once.
+        allow: packages beside fastflow's own that a description may name.
 
     Raises:
         CheckpointError: there are none, or they do not fit.
     """
-    if source.is_dir():
-        weights = read(find(source, allow), None, network)[1]
-    else:
-        weights = read_weights(source)
-    load_strict(network, weights, source)
+    weights, of = _initial(source, description, allow)
+    if not network.has_logvar:
+        weights = {n: v for n, v in weights.items() if not n.startswith(_LOGVAR_HEAD)}
+    load_strict(network, weights, source, network.additions())
+    if of is not None:
+        require_same_reading(of, description, source)
+
+
+def _initial(
+    source: str, description: Lazy, allow: tuple[str, ...]
+) -> tuple[Mapping[str, Tensor], Lazy | None]:
+    """Weights to start from, and the network they are of where that is known."""
+    path = fetched(source)
+    if path.is_dir():
+        stored = find(path, allow)
+        of = stored.experiment.network
+        with torch.device("meta"):
+            network: nn.Module = build(of, at="network")
+        return read(stored, None, network)[1], of
+    if path.suffix == ".safetensors":
+        return read_weights(path), network_of(path, allow)
+    converted = convert(path, Asked(target=description))
+    return converted.weights, converted.network

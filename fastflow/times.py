@@ -10,6 +10,7 @@ import abc
 import functools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -235,6 +236,39 @@ class Shifted(TimeLaw):
     def quantile(self, u: Tensor) -> Tensor:
         v = self.t_min + u * (self.t_max - self.t_min)
         return (self.shift * v / (1 + (self.shift - 1) * v)).clamp(self.t_min, self.t_max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLaw(Part):
+    """A law of (t, r), r <= t, for maps of two times (MeanFlow, arXiv 2505.13447).
+
+    Attributes:
+        times: law of t.
+        ends: law of r; None for the same as of t.
+        order: "sort" makes t the larger of the two draws (the paper and FastGen), "clip" keeps t
+            and lowers r to it (py-meanflow's "v1").
+        equal: share of the rows of the global batch with r = t, where the loss is that of flow
+            matching; exact, in rows chosen at random.
+    """
+
+    times: TimeLaw
+    equal: float
+    ends: TimeLaw | None = None
+    order: Literal["sort", "clip"] = "sort"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.equal <= 1:
+            raise ConfigError(f"PairLaw.equal: {self.equal} given, accepted: from 0 to 1")
+
+    def __call__(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Times t and r of each row, float64 [B]."""
+        t = self.times(draws)
+        r = (self.ends or self.times)(draws, "r")
+        if self.order == "sort":
+            t, r = torch.maximum(t, r), torch.minimum(t, r)
+        r = torch.where(draws.share("equal", self.equal), t, torch.minimum(t, r))
+        return t, r
 
 
 def karras_grid(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +14,12 @@ from torch import Tensor, nn
 
 from fastflow.distributed import full_tensor
 from fastflow.errors import CheckpointError
+
+SOURCES = (
+    "an official .pkl or .pt file, the https:// address of one, a .safetensors file or a run "
+    "directory"
+)
+"""What weights are read from, as errors name it."""
 
 
 def gathered(weights: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -51,13 +59,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is missing or not a safetensors file.
     """
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
-        raise CheckpointError(
-            f"weights {path} do not exist; give a .safetensors file or a run directory"
-        )
+        raise CheckpointError(f"weights {path} do not exist; give {SOURCES}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is not a readable safetensors file ({error}); get it again, or give a run "
@@ -65,13 +77,48 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def load_strict(network: nn.Module, weights: Mapping[str, Tensor], source: object) -> None:
+def read_header(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, e.g. which weights it holds; empty for nothing.
+
+    Raises:
+        CheckpointError: as `read_weights`.
+    """
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+def load_strict(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: object,
+    may_lack: Sequence[str] = (),
+) -> None:
     """Load weights into an unsharded network; every name and shape must fit.
+
+    Args:
+        network: what to load into.
+        weights: by name.
+        source: where they come from, for errors.
+        may_lack: prefixes of names; where the weights have none of those with one prefix, the
+            network keeps its own.
 
     Raises:
         CheckpointError: lists what is missing, unexpected or misshapen.
     """
     own = network.state_dict()
+    kept = {
+        name: own[name]
+        for prefix in may_lack
+        if not any(name.startswith(prefix) for name in weights)
+        for name in own
+        if name.startswith(prefix)
+    }
+    require_fit({**kept, **weights}, own, source)
+    network.load_state_dict({**kept, **weights})
+
+
+def require_fit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], source: object) -> None:
+    """Raise CheckpointError unless weights have the names and shapes of a network's own."""
     require_names(source, weights, own)
     wrong = [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
@@ -80,7 +127,6 @@ def load_strict(network: nn.Module, weights: Mapping[str, Tensor], source: objec
     ]
     if wrong:
         raise CheckpointError(f"{source} does not fit the network; misshapen: {_some(wrong)}")
-    network.load_state_dict(dict(weights))
 
 
 def require_names(source: object, given: Collection[str], wanted: Collection[str]) -> None:

@@ -5,7 +5,9 @@
     L   = w(t) ||D(x_t, t) - x0||^2 / d,     w = (t^2 + sd^2) / (t sd)^2
 
 The weight is 1 / c_out(t)^2, so the raw output of the preconditioned network is fitted with unit
-weight at every t. Sampling follows the probability-flow ODE dx/dt = (x - D) / t.
+weight at every t. With a log-variance head u the loss is L exp(-u(t)) + u(t), which weighs each t
+by what is left to learn there (EDM2, arXiv 2312.02696, eq. 21). Sampling follows the ODE
+dx/dt = (x - D) / t.
 """
 
 from __future__ import annotations
@@ -57,7 +59,12 @@ class EDM(FlowMapMethod):
         wide = torch.promote_types(denoised.dtype, torch.float32)
         error = SquaredL2()(denoised.to(wide), batch.x.to(wide))
         weighted = self.weight(t, torch.zeros_like(t)).to(error.dtype) * error
-        return Loss(per_sample=weighted, times=t, metrics={"mse": error.detach().mean()})
+        metrics = {"mse": error.detach().mean()}
+        if nets.student.has_logvar:
+            u = nets.student.logvar(t).to(error.dtype)
+            weighted = weighted * torch.exp(-u) + u
+            metrics["logvar"] = u.detach().mean()
+        return Loss(per_sample=weighted, times=t, metrics=metrics)
 
     def flow_map(
         self, net: Network, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None = None

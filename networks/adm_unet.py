@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastflow.raw import Conditions
+from networks.attention import Backend
 from networks.layers import (
-    Backend,
     Direction,
     GroupNorm,
     PositionalEmbedding,
@@ -20,7 +21,7 @@ from networks.layers import (
     require_probability,
     zero_,
 )
-from networks.unet import UNet, UNetBlock
+from networks.unet import SecondTime, UNet, UNetBlock
 
 HEAD_CHANNELS = 64
 _EPS = 1e-5
@@ -41,7 +42,7 @@ class AdmBlock(UNetBlock):
         heads: int = 0,
         direction: Direction | None = None,
         dropout: float = 0.0,
-        backend: Backend = "explicit",
+        backend: Backend = "auto",
     ) -> None:
         skip: nn.Module = nn.Identity()
         if direction is not None:
@@ -86,7 +87,9 @@ class DhariwalUNet(UNet):
         attn_resolutions: resolutions with self-attention.
         dropout: probability in every block.
         label_dropout: probability that a class row is zeroed in training.
-        attention: see `networks.layers.attention`.
+        attention: see `networks.attention`.
+        two_times: whether a second time is taken.
+        takes_guidance: whether a guidance scale is taken.
 
     Raises:
         ConfigError: sizes that do not fit each other.
@@ -107,7 +110,9 @@ class DhariwalUNet(UNet):
         attn_resolutions: tuple[int, ...] = (32, 16, 8),
         dropout: float = 0.10,
         label_dropout: float = 0.0,
-        attention: Backend = "explicit",
+        attention: Backend = "auto",
+        two_times: bool = False,
+        takes_guidance: bool = False,
     ) -> None:
         super().__init__(
             resolution=resolution,
@@ -121,6 +126,8 @@ class DhariwalUNet(UNet):
             cond_dim=cond_dim,
             augment_dim=augment_dim,
             label_dropout=label_dropout,
+            two_times=two_times,
+            takes_guidance=takes_guidance,
         )
         require_probability(dropout=dropout)
         emb = channels * channel_mult_emb
@@ -131,6 +138,11 @@ class DhariwalUNet(UNet):
             zero_([self.map_augment])
         self.map_layer0 = nn.Linear(channels, emb)
         self.map_layer1 = nn.Linear(emb, emb)
+        if two_times:
+            self.map_second = SecondTime(channels, emb, augment_dim=augment_dim)
+        if takes_guidance:
+            self.map_guidance = nn.Linear(channels, emb, bias=False)
+            zero_([self.map_guidance])
         if cond_dim:
             self.map_label = nn.Linear(cond_dim, emb, bias=False)
             # Kaiming-normal, 1/sqrt(cond_dim), times sqrt(cond_dim): unit variance for a one-hot.
@@ -184,13 +196,17 @@ class DhariwalUNet(UNet):
         self.out_conv = conv3(width, out_channels)
         zero_([self.out_conv])
 
-    def embed(self, c_noise: Tensor, cond: Tensor, augment: Tensor) -> Tensor:
-        emb = self.map_noise(c_noise).to(self.map_layer0.weight.dtype)
+    def features(self, t: Tensor) -> Tensor:
+        return self.map_noise(t).to(self.map_layer0.weight.dtype)
+
+    def embed(self, given: Conditions) -> Tensor:
+        emb = self.features(given.c_noise)
         if self.augment_dim:
-            emb = emb + self.map_augment(augment)
-        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+            emb = emb + self.map_augment(given.augment)
+        emb = self.added(self.map_layer0(emb), given)
+        emb = self.map_layer1(F.silu(emb))
         if self.cond_dim:
-            emb = emb + self.map_label(cond)
+            emb = emb + self.map_label(given.cond)
         return F.silu(emb)
 
     def forward(
@@ -199,6 +215,8 @@ class DhariwalUNet(UNet):
         c_noise: Tensor,
         cond: Tensor | None = None,
         augment: Tensor | None = None,
+        c_second: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Raw output F.
 
@@ -207,11 +225,13 @@ class DhariwalUNet(UNet):
             c_noise: noise labels [B], float32 or float64.
             cond: class rows [B, cond_dim], or None for zero rows.
             augment: augmentation labels [B, augment_dim], or None for zero rows.
+            c_second: second times [B] like `c_noise`, exactly where `two_times`.
+            guidance: guidance scales [B] like `c_noise`, or None for ones.
 
         Returns:
             [B, out_channels, resolution, resolution], in the type of `x`.
         """
-        emb = self.embedding(c_noise, cond, augment)
+        emb = self.embedding(c_noise, cond, augment, c_second, guidance)
         h, skips = x, []
         for level, res in enumerate(self.resolutions):
             at = f"{res}x{res}"

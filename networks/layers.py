@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastflow.errors import ConfigError
+from fastflow.raw import RawNetwork
 
-Backend = Literal["explicit", "fused"]
 Direction = Literal["down", "up"]
 
 
@@ -46,15 +46,6 @@ def without_autocast(like: Tensor) -> contextlib.AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device):  # the meta device
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
-
-
-def require_full_precision(c_noise: Tensor) -> None:
-    """Raise ConfigError when the noise level has already been rounded to a narrow type."""
-    if c_noise.dtype not in (torch.float32, torch.float64):
-        raise ConfigError(
-            f"c_noise: {c_noise.dtype} given, torch.float32 or torch.float64 accepted; keep "
-            f"times out of mixed-precision casts (cast_forward_inputs=False under FSDP)"
-        )
 
 
 class PositionalEmbedding(nn.Module):
@@ -102,25 +93,6 @@ class GroupNorm(nn.GroupNorm):
             h = F.group_norm(x, self.num_groups, None, None, self.eps)
             return h * weight[:, None, None] + bias[:, None, None]
         return F.group_norm(x, self.num_groups, weight, bias, self.eps)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
-    """Softmax attention over tokens, channels before tokens as convolutions leave them.
-
-    Args:
-        q, k, v: queries, keys and values [B, heads, width, tokens].
-        backend: "explicit" holds the [tokens, tokens] weights and is differentiable in forward
-            mode everywhere; "fused" is `scaled_dot_product_attention`, which needs
-            `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around forward-mode differentiation.
-
-    Returns:
-        [B, heads, width, tokens], contiguous.
-    """
-    if backend == "fused":
-        q, k, v = (part.transpose(-2, -1).contiguous() for part in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(-2, -1).contiguous()
-    scores = (q / math.sqrt(q.shape[-2])).transpose(-2, -1) @ k
-    return v @ torch.softmax(scores, dim=-1).to(v.dtype).transpose(-2, -1)
 
 
 class Resample(nn.Module):
@@ -209,23 +181,6 @@ def conv3(
     return ResampleConv(in_channels, out_channels, 3, taps, direction)
 
 
-def label_rows(
-    name: str, given: Tensor | None, width: int, c_noise: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Label rows [B, width] in `dtype`; zeros where none are given.
-
-    Raises ConfigError for another shape.
-    """
-    if given is None:
-        return torch.zeros(len(c_noise), width, dtype=dtype, device=c_noise.device)
-    if given.shape != (len(c_noise), width):
-        raise ConfigError(
-            f"{name}: shape {tuple(given.shape)} given, {(len(c_noise), width)} accepted by a "
-            f"network with {name}_dim={width}"
-        )
-    return given.to(dtype)
-
-
 def require_sizes(**sizes: int) -> None:
     """Raise ConfigError unless every named value is positive."""
     for name, value in sizes.items():
@@ -245,6 +200,18 @@ def require_probability(**values: float) -> None:
     for name, value in values.items():
         if not 0.0 <= value < 1.0:
             raise ConfigError(f"{name}: {value} given, 0 <= {name} < 1 accepted")
+
+
+def require_positive(**values: float) -> None:
+    """Raise ConfigError unless every named value is a finite number above 0."""
+    for name, value in values.items():
+        if not 0.0 < value < math.inf:
+            raise ConfigError(f"{name}: {value} given, a finite number above 0 accepted")
+
+
+def map_additions(net: RawNetwork) -> tuple[str, ...]:
+    """`additions()` of networks that embed second times and guidance in layers called `map_*`."""
+    return ("map_second.",) * net.two_times + ("map_guidance.",) * net.takes_guidance
 
 
 def zero_(layers: Iterable[nn.Module]) -> None:

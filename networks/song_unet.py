@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastflow.raw import Conditions
+from networks.attention import Backend
 from networks.layers import (
-    Backend,
     ConvDownsample,
     Direction,
     FourierEmbedding,
@@ -23,10 +24,11 @@ from networks.layers import (
     Resample,
     ResampleConv,
     conv3,
+    require_positive,
     require_probability,
     require_sizes,
 )
-from networks.unet import UNet, UNetBlock
+from networks.unet import SecondTime, UNet, UNetBlock
 
 _EPS = 1e-6
 
@@ -44,7 +46,7 @@ class SongBlock(UNetBlock):
         direction: Direction | None = None,
         taps: tuple[int, ...] = (1, 1),
         dropout: float = 0.0,
-        backend: Backend = "explicit",
+        backend: Backend = "auto",
     ) -> None:
         skip: nn.Module = nn.Identity()
         if direction is not None:
@@ -85,10 +87,14 @@ class SongUNet(UNet):
         label_dropout: probability that a class row is zeroed in training.
         embedding: features of the noise level.
         channel_mult_noise: width of these features over `channels`; NCSN++ uses 2.
+        fourier_scale: standard deviation of the frequencies of "fourier", in cycles per unit of
+            the noise level; continuous-time consistency models use 0.02.
         encoder: how the downsampled input enters the encoder; NCSN++ uses "residual".
         decoder: "skip" sums an image from every resolution, "standard" reads the last one.
         resample_filter: taps of the resampling blur.
-        attention: see `networks.layers.attention`.
+        attention: see `networks.attention`.
+        two_times: whether a second time is taken.
+        takes_guidance: whether a guidance scale is taken.
 
     Raises:
         ConfigError: sizes that do not fit each other.
@@ -111,10 +117,13 @@ class SongUNet(UNet):
         label_dropout: float = 0.0,
         embedding: Literal["positional", "fourier"] = "positional",
         channel_mult_noise: int = 1,
+        fourier_scale: float = 16.0,
         encoder: Literal["standard", "skip", "residual"] = "standard",
         decoder: Literal["standard", "skip"] = "standard",
         resample_filter: tuple[int, ...] = (1, 1),
-        attention: Backend = "explicit",
+        attention: Backend = "auto",
+        two_times: bool = False,
+        takes_guidance: bool = False,
     ) -> None:
         super().__init__(
             resolution=resolution,
@@ -128,16 +137,19 @@ class SongUNet(UNet):
             cond_dim=cond_dim,
             augment_dim=augment_dim,
             label_dropout=label_dropout,
+            two_times=two_times,
+            takes_guidance=takes_guidance,
         )
         require_probability(dropout=dropout)
         emb, noise = channels * channel_mult_emb, channels * channel_mult_noise
         require_sizes(channel_mult_noise=channel_mult_noise)
+        require_positive(fourier_scale=fourier_scale)
         self.encoder, self.decoder = encoder, decoder
 
         self.map_noise: nn.Module = (
             PositionalEmbedding(noise, endpoint=True)
             if embedding == "positional"
-            else FourierEmbedding(noise)
+            else FourierEmbedding(noise, scale=fourier_scale)
         )
         if cond_dim:
             self.map_label = nn.Linear(cond_dim, noise)
@@ -145,6 +157,10 @@ class SongUNet(UNet):
             self.map_augment = nn.Linear(augment_dim, noise, bias=False)
         self.map_layer0 = nn.Linear(noise, emb)
         self.map_layer1 = nn.Linear(emb, emb)
+        if two_times:
+            self.map_second = SecondTime(noise, emb, cond_dim=cond_dim, augment_dim=augment_dim)
+        if takes_guidance:
+            self.map_guidance = nn.Linear(noise, emb, bias=False)
 
         def block(
             before: int, after: int, *, attention_here: bool, direction: Direction | None = None
@@ -207,7 +223,10 @@ class SongUNet(UNet):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Xavier-uniform weights, times sqrt(0.2) before attention and 1e-5 before every sum."""
+        """Xavier-uniform weights, times sqrt(0.2) before attention and 1e-5 before every sum.
+
+        Zero for what second time and guidance add.
+        """
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear | nn.Conv2d | ResampleConv):
                 continue
@@ -217,18 +236,25 @@ class SongUNet(UNet):
                 gain = 1e-5
             elif last == "qkv":
                 gain = math.sqrt(0.2)
+            elif name in ("map_second.layer", "map_guidance"):
+                gain = 0.0
             nn.init.xavier_uniform_(module.weight, gain=gain)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def embed(self, c_noise: Tensor, cond: Tensor, augment: Tensor) -> Tensor:
-        cosines, sines = self.map_noise(c_noise).chunk(2, dim=1)
-        emb = torch.cat([sines, cosines], dim=1).to(self.map_layer0.weight.dtype)
+    def features(self, t: Tensor) -> Tensor:
+        cosines, sines = self.map_noise(t).chunk(2, dim=1)
+        return torch.cat([sines, cosines], dim=1).to(self.map_layer0.weight.dtype)
+
+    def embed(self, given: Conditions) -> Tensor:
+        given = given._replace(cond=given.cond * math.sqrt(self.cond_dim))
+        emb = self.features(given.c_noise)
         if self.cond_dim:
-            emb = emb + self.map_label(cond * math.sqrt(self.cond_dim))
+            emb = emb + self.map_label(given.cond)
         if self.augment_dim:
-            emb = emb + self.map_augment(augment)
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+            emb = emb + self.map_augment(given.augment)
+        emb = self.added(self.map_layer0(emb), given)
+        return F.silu(self.map_layer1(F.silu(emb)))
 
     def forward(
         self,
@@ -236,6 +262,8 @@ class SongUNet(UNet):
         c_noise: Tensor,
         cond: Tensor | None = None,
         augment: Tensor | None = None,
+        c_second: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Raw output F.
 
@@ -244,11 +272,13 @@ class SongUNet(UNet):
             c_noise: noise labels [B], float32 or float64.
             cond: class rows [B, cond_dim], or None for zero rows.
             augment: augmentation labels [B, augment_dim], or None for zero rows.
+            c_second: second times [B] like `c_noise`, exactly where `two_times`.
+            guidance: guidance scales [B] like `c_noise`, or None for ones.
 
         Returns:
             [B, out_channels, resolution, resolution], in the type of `x`.
         """
-        emb = self.embedding(c_noise, cond, augment)
+        emb = self.embedding(c_noise, cond, augment, c_second, guidance)
         return self._decode(*self._encode(x, emb), emb).to(x.dtype)
 
     def _encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:

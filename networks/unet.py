@@ -5,22 +5,20 @@ arXiv 2206.00364, appendix F.1 and tables 7, 8.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from fastflow.errors import ConfigError, one_of
+from fastflow.raw import Conditions, RawNetwork
+from networks.attention import Backend, attention
 from networks.layers import (
-    Backend,
     GroupNorm,
-    attention,
-    label_rows,
-    require_full_precision,
+    map_additions,
     require_labels,
     require_probability,
     require_sizes,
     without_autocast,
+    zero_,
 )
 
 
@@ -38,7 +36,7 @@ class UNetBlock(nn.Module):
         dropout: probability before the second convolution.
         eps: of the normalisations.
         skip_scale: factor on every sum with a shortcut.
-        backend: see `attention`.
+        backend: see `networks.attention`.
     """
 
     def __init__(
@@ -89,24 +87,64 @@ class UNetBlock(nn.Module):
         return h + skip if self.skip_scale == 1.0 else (h + skip) * self.skip_scale
 
     def _attend(self, h: Tensor) -> Tensor:
+        batch, channels, height, width = h.shape
         # Channel order of the checkpoints: head, channel of the head, q | k | v.
-        parts = "b (head c three) y x -> three b head c (y x)"
-        q, k, v = rearrange(self.qkv(self.norm2(h)), parts, head=self.heads, three=3)
+        parts = (batch, self.heads, channels // self.heads, 3, height * width)
+        qkv = self.qkv(self.norm2(h)).reshape(parts).permute(3, 0, 1, 4, 2)
+        q, k, v = qkv.contiguous().unbind()  # fused kernels take no other layout
         out = attention(q, k, v, self.backend)
-        return self.proj(rearrange(out, "b head c (y x) -> b (head c) y x", y=h.shape[2]))
+        return self.proj(out.transpose(-2, -1).reshape(h.shape))
 
 
-class UNet(nn.Module):
+class SecondTime(nn.Module):
+    """What a second time adds to the output of the embedding's first layer; nothing at first.
+
+    layer(features + label(cond) + augment(augment)): together with the layer of the first time
+    this is one layer over both times' features side by side, as in MeanFlow's U-Net (arXiv
+    2505.13447), but a network of one time keeps the names and shapes of its parameters.
+
+    Args:
+        width: number of features of a time.
+        emb_channels: width of the embedding.
+        cond_dim, augment_dim: widths of the label rows that are added to the features.
+    """
+
+    def __init__(
+        self, width: int, emb_channels: int, *, cond_dim: int = 0, augment_dim: int = 0
+    ) -> None:
+        super().__init__()
+        self.label = nn.Linear(cond_dim, width) if cond_dim else None
+        self.augment = nn.Linear(augment_dim, width, bias=False) if augment_dim else None
+        self.layer = nn.Linear(width, emb_channels, bias=False)
+        zero_([self.layer])
+
+    def forward(self, features: Tensor, cond: Tensor, augment: Tensor) -> Tensor:
+        """features [B, width], cond [B, cond_dim], augment [B, augment_dim] -> [B, emb_channels].
+
+        Rows of labels that this module has no layer for are left out.
+        """
+        if self.label is not None:
+            features = features + self.label(cond)
+        if self.augment is not None:
+            features = features + self.augment(augment)
+        return self.layer(features)
+
+
+class UNet(RawNetwork):
     """What the raw networks F of EDM share: sizes, labels and the precision of the embedding.
 
     Attributes:
-        sample_shape: (in_channels, resolution, resolution).
-        cond_dim: width of `cond`; 0 for an unconditional network.
-        augment_dim: width of `augment`; 0 for none.
+        resolutions: sides of the feature maps, from the full resolution down.
+        num_blocks: residual blocks per level.
+        enc, dec: encoder and decoder, by the checkpoints' names.
+        map_second, map_guidance: embeddings of the second time and of the guidance scale, where
+            the network takes them.
     """
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
+    map_second: SecondTime
+    map_guidance: nn.Linear
 
     def __init__(
         self,
@@ -122,6 +160,8 @@ class UNet(nn.Module):
         cond_dim: int,
         augment_dim: int,
         label_dropout: float,
+        two_times: bool,
+        takes_guidance: bool,
     ) -> None:
         super().__init__()
         require_sizes(
@@ -159,26 +199,41 @@ class UNet(nn.Module):
         self.num_blocks = num_blocks
         self.cond_dim, self.augment_dim = cond_dim, augment_dim
         self.label_dropout = label_dropout
+        self.two_times, self.takes_guidance = two_times, takes_guidance
 
     def shard_units(self) -> list[nn.Module]:
         """The residual blocks."""
         return [module for module in self.modules() if isinstance(module, UNetBlock)]
 
-    def embed(self, c_noise: Tensor, cond: Tensor, augment: Tensor) -> Tensor:
-        """The embedding [B, emb_channels] of c_noise [B] and of both label rows."""
+    def additions(self) -> tuple[str, ...]:
+        return map_additions(self)
+
+    def features(self, t: Tensor) -> Tensor:
+        """Features [B, width] of a time or guidance scale t [B], in the type of the weights."""
+        raise NotImplementedError(f"{type(self).__name__} does not define features()")
+
+    def added(self, emb: Tensor, given: Conditions) -> Tensor:
+        """emb [B, emb_channels], of the first layer, with second time and guidance added."""
+        if given.c_second is not None:
+            features = self.features(given.c_second)
+            emb = emb + self.map_second(features, given.cond, given.augment)
+        if given.guidance is not None:
+            emb = emb + self.map_guidance(self.features(given.guidance))
+        return emb
+
+    def embed(self, given: Conditions) -> Tensor:
+        """The embedding [B, emb_channels] of all conditions."""
         raise NotImplementedError(f"{type(self).__name__} does not define embed()")
 
-    def embedding(self, c_noise: Tensor, cond: Tensor | None, augment: Tensor | None) -> Tensor:
-        """Check the conditions and embed them, in float32 or wider whatever autocast says.
-
-        Absent labels stand for zero rows, so that every parameter takes part in every step.
-        """
-        require_full_precision(c_noise)
-        dtype = next(self.parameters()).dtype
-        rows = label_rows("cond", cond, self.cond_dim, c_noise, dtype)
-        augments = label_rows("augment", augment, self.augment_dim, c_noise, dtype)
-        if self.training and self.label_dropout:
-            keep = torch.rand(len(rows), 1, device=rows.device) >= self.label_dropout
-            rows = rows * keep
+    def embedding(
+        self,
+        c_noise: Tensor,
+        cond: Tensor | None,
+        augment: Tensor | None,
+        c_second: Tensor | None,
+        guidance: Tensor | None,
+    ) -> Tensor:
+        """Check the conditions and embed them, in float32 or wider whatever autocast says."""
+        given = self.conditions(c_noise, cond, augment, c_second, guidance)
         with without_autocast(c_noise):
-            return self.embed(c_noise, rows, augments)
+            return self.embed(given)

@@ -14,10 +14,12 @@ from fastflow.data.batch import Batch
 from fastflow.network import Network
 from fastflow.oracle import Gaussian
 from fastflow.path import expand
-from fastflow.precond import EDMConsistency, EDMDenoiser, EDMScaling
+from fastflow.precond import EDMConsistency, EDMScaling
 from fastflow.progress import Progress
+from fastflow.raw import RawNetwork
 from fastflow.rng import Draws
 from fastflow.times import TimeLaw
+from fastflow.wrappers import EDMDenoiser
 from networks.song_unet import SongUNet
 from reference_data import reference
 
@@ -192,10 +194,10 @@ def small_unet(seed: int = 0, dropout: float = 0.0, cond_dim: int = 0) -> EDMDen
     return randomised(EDMDenoiser(model), seed)
 
 
-class OpenAIToy(nn.Module):
-    """The raw toy network of that case: openai's c_noise, 250 ln t, is 1000 times EDM's."""
+class OpenAIToy(RawNetwork):
+    """The raw toy network of that case: openai's c_noise is 250 ln t."""
 
-    sample_shape, cond_dim = (3, 8, 8), 0
+    sample_shape = (3, 8, 8)
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -204,9 +206,9 @@ class OpenAIToy(nn.Module):
                 self, key, nn.Parameter(reference("openai_consistency_losses")[f"{name}.{key}"])
             )
 
-    def forward(self, x, c_noise, cond, augment):
+    def forward(self, x, c_noise, cond=None, augment=None, c_second=None, guidance=None):
         a, b, d = (p[:, None, None] for p in (self.a, self.b, self.d))
-        return d * torch.tanh(a * x + b * torch.sin(0.01 * 1000 * c_noise)[:, None, None, None])
+        return d * torch.tanh(a * x + b * torch.sin(0.01 * c_noise)[:, None, None, None])
 
     def shard_units(self):
         return []
@@ -214,7 +216,7 @@ class OpenAIToy(nn.Module):
 
 def openai_toy(name: str, dtype: torch.dtype) -> EDMDenoiser:
     """The "online", "target" or "teacher" network of openai_consistency_losses."""
-    return EDMDenoiser(OpenAIToy(name)).to(dtype)
+    return EDMDenoiser(OpenAIToy(name), noise_scale=1000.0).to(dtype)
 
 
 class GaussianTeacher(Network):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from fastflow.precond import EDMDenoiser
+from fastflow.wrappers import EDMDenoiser
 from networks.adm_unet import DhariwalUNet
 from networks.song_unet import SongUNet
 from reference_data import Reference, reference
@@ -25,11 +26,38 @@ RENAMED = {
 }
 
 
+def our_keywords(config: dict[str, Any]) -> dict[str, Any]:
+    """Our keyword arguments from the official ones."""
+    kwargs = {RENAMED.get(k, k): v for k, v in config.items()}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
+
+
+def from_py_meanflow(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of `SongUNet(two_times=True)` from one of py-meanflow's U-Net.
+
+    There the two times enter side by side: the first half of what acts on them is `map_layer0`
+    and its labels here, the second half is `map_second`. Attention's rows go from q | k | v to
+    one q, k and v after the other.
+    """
+    out: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        first, _, kind = name.partition(".")
+        if name == "map_layer0.weight":
+            out[name], out["map_second.layer.weight"] = value.chunk(2, dim=1)
+        elif first in ("map_label", "map_augment"):
+            second = f"map_second.{first.removeprefix('map_')}.{kind}"
+            out[name], out[second] = value.chunk(2, dim=0)
+        elif ".qkv." in name:
+            out[name] = rearrange(value, "(three c) ... -> (c three) ...", three=3)
+        else:
+            out[name] = value
+    return out
+
+
 def edm_denoiser(case: str) -> EDMDenoiser:
     """The network of a stored case with its weights, in evaluation mode."""
     ref = reference(case)
-    kwargs: dict[str, Any] = {RENAMED.get(k, k): v for k, v in ref.config.items()}
-    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
+    kwargs = our_keywords(ref.config)
     sigma_data, kind = kwargs.pop("sigma_data"), kwargs.pop("model_type")
     kwargs["in_channels"] = kwargs["out_channels"] = kwargs.pop("img_channels")
     net = EDMDenoiser(ARCHITECTURES[kind](**kwargs), sigma_data=sigma_data)

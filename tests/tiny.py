@@ -23,12 +23,13 @@ from fastflow.evaluation.spec import Evaluation
 from fastflow.evaluation.toy_metrics import EnergyDistance
 from fastflow.experiment import Experiment
 from fastflow.method import Frozen
-from fastflow.precond import EDMDenoiser
 from fastflow.schedules import DoublingDiscretization, FixedDecay, RatioStages, SigmoidRatio
 from fastflow.state import TrainState
+from fastflow.teacher import Teacher
 from fastflow.times import LogNormal
 from fastflow.trainer import Trainer
-from methods.cm import CM, Teacher
+from fastflow.wrappers import EDMDenoiser
+from methods.cm import CM
 from networks.mlp import ToyMLP
 from networks.song_unet import SongUNet
 

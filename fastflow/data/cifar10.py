@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastflow.data.dataset import Table
-from fastflow.data.download import Remote, cache_folder, download
 from fastflow.data.edm_zip import ImageZip
 from fastflow.data.plain_pickle import ByteArray, RefusedPickle, read_plain_pickle
+from fastflow.download import Remote, cache_folder, download
 from fastflow.errors import DataError
 
 Split = Literal["train", "test"]

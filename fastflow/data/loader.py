@@ -101,7 +101,7 @@ class Loader:
         return map(self.dataset.fetch, indices)
 
     def _batch(self, step: int, x: Tensor, labels: Tensor | None) -> Batch:
-        draws = Draws(self.seed, step, self._rows, self.world.device)
+        draws = Draws(self.seed, step, self._rows, self.world.device, total=self.batch_size)
         x = self._move(x)
         if self.dataset.flip:
             mirrored = draws.uniform("flip", (1,) * (x.ndim - 1)) < 0.5

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from fastflow.evaluation.results import FILE, Result, count, read
 from fastflow.evaluation.spec import Expected
-from fastflow.evaluation.table import Format, Line, render
+from fastflow.evaluation.table import Line, render
 from fastflow.experiment import Experiment
+from fastflow.tables import Format
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "experiments"
 

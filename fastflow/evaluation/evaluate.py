@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from fastflow.data.dataset import Dataset
-from fastflow.data.download import cache_folder
 from fastflow.distributed import World
+from fastflow.download import cache_folder
 from fastflow.errors import DivergenceError
 from fastflow.evaluation.interface import Gauge, Reading, Sampler, Samples, Setting, Source
 from fastflow.evaluation.results import Result, commit

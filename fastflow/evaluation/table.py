@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import json
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
 
 from fastflow.evaluation.results import label
-
-Format: TypeAlias = Literal["text", "markdown", "csv", "json"]
-WIDTH = 100
+from fastflow.tables import (
+    Footnotes,
+    Format,
+    aligned,
+    as_csv,
+    as_json,
+    as_markdown,
+    clip,
+    widths,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,15 +57,10 @@ class Line:
 def render(lines: Sequence[Line], format: Format) -> str:
     """The lines in a format, without a final newline."""
     if format == "json":
-        return json.dumps([dataclasses.asdict(line) for line in lines], indent=1)
+        return as_json([dataclasses.asdict(line) for line in lines])
     if format == "csv":
-        out = io.StringIO()
-        writer = csv.DictWriter(
-            out, [f.name for f in dataclasses.fields(Line)], lineterminator="\n"
-        )
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(line) for line in lines)
-        return out.getvalue().rstrip("\n")
+        names = [f.name for f in dataclasses.fields(Line)]
+        return as_csv(names, [dataclasses.asdict(line) for line in lines])
     if format == "markdown":
         return _markdown(lines)
     return _text(lines)
@@ -102,28 +100,23 @@ def _images(number: int) -> str:
 def _text(lines: Sequence[Line]) -> str:
     if not lines:
         return "no results and no expected results found"
-    notes: list[str] = []
-    rows = [_cells(line, _mark(line, notes)) for line in lines]
-    widths = [max(len(cell) for cell in column) for column in zip(_HEAD, *rows, strict=True)]
+    notes = Footnotes()
+    rows = [_cells(line, notes.mark(_remark(line))) for line in lines]
+    columns = widths(_HEAD, rows)
     out: list[str] = []
     title = ""
     for line, row in zip(lines, rows, strict=True):
         if _title(line) != title:
             title = _title(line)
-            out += ["", _clip(title), _aligned(_HEAD, widths)]
-        out.append(_aligned(row, widths))
-    out += ["", *(_clip(f"[{n}] {note}") for n, note in enumerate(notes, 1))] if notes else []
+            out += ["", clip(title), aligned(_HEAD, columns)]
+        out.append(aligned(row, columns))
+    out += ["", *map(clip, notes.lines())]
     return "\n".join(out).strip("\n")
 
 
-def _mark(line: Line, notes: list[str]) -> str:
-    """The number of the footnote that tells what a line is compared with."""
-    text = "; ".join(filter(None, (line.source, line.note)))
-    if not text:
-        return ""
-    if text not in notes:
-        notes.append(text)
-    return f"[{notes.index(text) + 1}]"
+def _remark(line: Line) -> str:
+    """What a line is compared with."""
+    return "; ".join(filter(None, (line.source, line.note)))
 
 
 def _title(line: Line) -> str:
@@ -133,24 +126,11 @@ def _title(line: Line) -> str:
     return f"{title}, {line.weights}" + (f", run {line.run}" if line.run else "")
 
 
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = (
-        cell.ljust(w) if n == 0 else cell.rjust(w)
-        for n, (cell, w) in enumerate(zip(cells, widths, strict=True))
-    )
-    return _clip("  ".join((f"  {first}", *rest)).rstrip())
-
-
-def _clip(text: str) -> str:
-    return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
-
-
 def _markdown(lines: Sequence[Line]) -> str:
     head = ("experiment", "method", "dataset", *_HEAD, "source", "run")
-    out = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    rows = []
     for line in lines:
-        source = "; ".join(filter(None, (line.source, line.note)))
         run = " ".join(filter(None, (line.run, line.weights)))
-        row = (line.experiment, line.method, line.dataset, *_cells(line, ""), source, run)
-        out.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
-    return "\n".join(out)
+        names = (line.experiment, line.method, line.dataset)
+        rows.append((*names, *_cells(line, ""), _remark(line), run))
+    return as_markdown(head, rows)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from edm_networks import check_gradients, check_names, check_outputs
 from networks.adm_unet import AdmBlock
-from networks.layers import Backend
+from networks.attention import Backend
 from reference_data import reference
 
 CASES = ["edm_net_adm", "edm_net_adm_aug"]
@@ -28,7 +30,7 @@ def test_state_dict_has_the_published_names_in_order(case: str) -> None:
     check_names(case)
 
 
-@pytest.mark.parametrize("backend", ["explicit", "fused"])
+@pytest.mark.parametrize("backend", get_args(Backend))
 def test_block_with_several_heads_agrees(backend: Backend) -> None:
     ref = reference("edm_unetblock_multihead")
     block = AdmBlock(24, 32, 20, heads=2, backend=backend)

@@ -43,12 +43,13 @@ from fastflow.errors import ConfigError
 from fastflow.method import Frozen, Networks, Target
 from fastflow.oracle import Gaussian, Mixture1D
 from fastflow.path import expand
-from fastflow.precond import EDMDenoiser
 from fastflow.rng import isolated_rng
 from fastflow.sampling import renoise
 from fastflow.schedules import AdaptiveDecay, ConstantRatio, FixedDecay, SigmoidRatio
+from fastflow.teacher import Teacher
 from fastflow.times import LogNormal, TruncatedLogNormal, karras_grid
-from methods.cm import CM, Teacher
+from fastflow.wrappers import EDMDenoiser
+from methods.cm import CM
 from networks.mlp import ToyMLP
 
 ANY_SOURCE = Frozen(weights="unused: tests hand the teacher over")
@@ -144,7 +145,8 @@ def test_only_the_online_pass_is_differentiated(step, decay):
     method = dataclasses.replace(
         ECT,
         target=decay,
-        teacher=None if step is None else Teacher(source=ANY_SOURCE, step=step),
+        teacher=None if step is None else Teacher(source=ANY_SOURCE),
+        step=step or Heun(),
     )
     batch = random_batch(images(4).requires_grad_())
     nets = Networks(student, {"target": target, "teacher": teacher})
@@ -199,7 +201,8 @@ def test_teacher_guidance():
         student = Recording(small_unet(cond_dim=3))
         method = CM(
             pairs=GridPairing(),
-            teacher=Teacher(source=ANY_SOURCE, step=Euler(), guidance=w),
+            teacher=Teacher(source=ANY_SOURCE, guidance=w),
+            step=Euler(),
         )
         method.loss(Networks(student, {"teacher": teacher}), batch, CURRICULUM)
         assert all(torch.equal(call["cond"], cond) for call in student.calls)
@@ -226,7 +229,8 @@ def gaussian_cm(mode: str) -> CM:
     step = MODES[mode]
     return CM(
         pairs=GridPairing(),
-        teacher=None if step is None else Teacher(source=ANY_SOURCE, step=step),
+        teacher=None if step is None else Teacher(source=ANY_SOURCE),
+        step=step or Heun(),
     )
 
 
@@ -401,7 +405,8 @@ def test_the_exact_map_has_no_distillation_loss(name, s_min, pairs):
     method = CM(
         pairs=pairs,
         boundary=s_min,
-        teacher=Teacher(source=ANY_SOURCE, step=ExactStep(oracle=name)),
+        teacher=Teacher(source=ANY_SOURCE),
+        step=ExactStep(oracle=name),
     )
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
     net = exact_net(oracle, s_min)
@@ -437,7 +442,7 @@ VARIANTS = {
     "cd": CM(
         pairs=GridPairing(),
         target=FixedDecay(mu=0.9),
-        teacher=Teacher(source=ANY_SOURCE, step=Heun(), guidance=2.0),
+        teacher=Teacher(source=ANY_SOURCE, guidance=2.0),
     ),
 }
 each_variant = pytest.mark.parametrize("method", VARIANTS.values(), ids=VARIANTS.keys())

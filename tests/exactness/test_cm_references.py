@@ -16,7 +16,6 @@ from fastflow.consistency import (
     Distance,
     Euler,
     GridPairing,
-    Heun,
     InverseCout,
     InverseGap,
     InverseSigma,
@@ -32,11 +31,12 @@ from fastflow.consistency import (
 from fastflow.method import Frozen, Loss, Networks
 from fastflow.network import Network
 from fastflow.path import VE
-from fastflow.precond import EDMDenoiser
 from fastflow.sampling import ddim, multistep
 from fastflow.schedules import ConstantRatio, FixedDecay, Gap, RatioStages, SigmoidRatio
+from fastflow.teacher import Teacher
 from fastflow.times import LogNormal, karras_grid
-from methods.cm import CM, Teacher
+from fastflow.wrappers import EDMDenoiser
+from methods.cm import CM
 from reference_data import Reference, reference
 
 OPENAI, ECT, FASTGEN = (
@@ -95,7 +95,7 @@ def openai_loss(key: str, dtype: torch.dtype) -> tuple[Loss, EDMDenoiser]:
         distance=OPENAI_DISTANCES[distance],
         weight=OPENAI_WEIGHTS[weight],
         target=FixedDecay(mu=0.95),
-        teacher=Teacher(source=ANY_SOURCE, step=Heun()) if mode == "cd" else None,
+        teacher=Teacher(source=ANY_SOURCE) if mode == "cd" else None,
     )
     lower = n - 2 - OPENAI[f"{scales}.indices"]  # their grid falls, ours rises
     levels = (lower.double() + 0.5) / (n - 1)
@@ -231,8 +231,15 @@ def fastgen_loss(
     pairs: Pairing = FASTGEN_PAIRS,
 ) -> tuple[Loss, Recording]:
     scale = {"ct": None, "cd": 1.0, "cd_cfg": FASTGEN_GUIDANCE}[mode]
-    teacher = None if scale is None else Teacher(source=ANY_SOURCE, step=Euler(), guidance=scale)
-    method = CM(pairs=pairs, distance=distance, weight=weight, teacher=teacher, boundary=0.0)
+    teacher = None if scale is None else Teacher(source=ANY_SOURCE, guidance=scale)
+    method = CM(
+        pairs=pairs,
+        distance=distance,
+        weight=weight,
+        teacher=teacher,
+        step=Euler(),
+        boundary=0.0,
+    )
     student = Recording(recorded_unet(FASTGEN).train())
     companions: dict[str, Network] = {"teacher": recorded_unet(FASTGEN, "teacher.").eval()}
     batch = stored_batch(

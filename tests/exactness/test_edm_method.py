@@ -27,10 +27,10 @@ from fastflow.generate import default_times, generate
 from fastflow.method import Networks
 from fastflow.oracle import Gaussian
 from fastflow.path import expand
-from fastflow.precond import EDMDenoiser
 from fastflow.rng import SampleNoise
 from fastflow.sampling import ddim, ode_euler, velocity_of
 from fastflow.times import LogNormal
+from fastflow.wrappers import EDMDenoiser
 from methods.edm import EDM
 from networks.mlp import ToyMLP
 from reference_data import reference
@@ -47,7 +47,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 # Recorded losses
 
 
-@pytest.mark.parametrize("case", ["edm_net_ddpmpp", "edm_net_ncsnpp", "edm_net_adm"])
+@pytest.mark.parametrize(
+    "case",
+    ["edm_net_ddpmpp", "edm_net_ncsnpp", "edm_net_skip", "edm_net_adm", "edm_net_adm_aug"],
+)
 def test_edm_loss(case):
     ref = reference(case)
     levels = torch.special.ndtr(ref["edmloss.rnd_normal"].flatten().double())
@@ -103,7 +106,7 @@ def test_data_of_the_assumed_std_need_no_network():
     raw = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
 
     class Constant(ToyMLP):
-        def forward(self, x, c_noise, cond=None, augment=None):
+        def forward(self, x, c_noise, *conditions):
             return raw * x
 
     losses = population_losses(EDMDenoiser(Constant(data_dim=1), sigma_data=0.5), 0.5)

@@ -13,7 +13,6 @@ from fastflow.precond import (
     LCM,
     AverageVelocity,
     EDMConsistency,
-    EDMDenoiser,
     EDMScaling,
     Parameterisation,
     ShiftedEDM,
@@ -22,6 +21,8 @@ from fastflow.precond import (
     consistency_from_denoiser,
     shifted_from_denoiser,
 )
+from fastflow.raw import RawNetwork
+from fastflow.wrappers import EDMDenoiser
 from networks.song_unet import SongUNet
 from reference_data import reference
 
@@ -49,7 +50,7 @@ def near(actual: Tensor, expected: Tensor, atol: float = 1e-13) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=atol)
 
 
-class Recorder(nn.Module):
+class Recorder(RawNetwork):
     """A raw model that remembers what it was given and answers x^2 in bfloat16."""
 
     sample_shape = (5,)
@@ -60,7 +61,13 @@ class Recorder(nn.Module):
         self.layer = nn.Linear(5, 5)
 
     def forward(
-        self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None, augment: Tensor | None = None
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        cond: Tensor | None = None,
+        augment: Tensor | None = None,
+        c_second: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         self.seen = (x, c_noise, cond, augment)
         return (x**2).to(torch.bfloat16)
@@ -280,7 +287,7 @@ def test_one_time_is_broadcast_to_all_rows() -> None:
 
 def test_an_end_time_is_refused() -> None:
     x, t = normal(2, 5), torch.ones(2)
-    with pytest.raises(ConfigError, match="two times"):
+    with pytest.raises(ConfigError, match="two_times=True"):
         EDMDenoiser(Recorder())(x, t, t)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastflow.errors import ConfigError
 from fastflow.path import VE, Linear, Path, TrigFlow, expand
-from fastflow.precond import EDMDenoiser
 from fastflow.rng import SampleNoise
 from fastflow.sampling import (
     Churn,
@@ -35,6 +34,7 @@ from fastflow.sampling import (
     renoise,
     velocity_of,
 )
+from fastflow.wrappers import EDMDenoiser
 from networks.song_unet import SongUNet
 from reference_data import reference
 

@@ -278,7 +278,7 @@ def bad_sources(weights, folder):
         ("cut.safetensors", "cut.safetensors is not a readable safetensors file"),
         ("noise.safetensors", "noise.safetensors is not a readable"),
         ("empty.safetensors", "empty.safetensors is not a readable"),
-        ("pickle.pt", "pickle.pt is not a readable"),
+        ("pickle.pt", r"pickle.pt holds \d+ tensors \(model\..*\) of no network known here"),
         ("nothing.safetensors", r"does not fit the network; missing: .*; unexpected: other"),
         ("prefix.safetensors", r"missing: .* and \d+ more; unexpected: x\."),
         ("some.safetensors", r"missing: model\.last\.bias, model\.last\.weight\."),

@@ -386,7 +386,8 @@ def test_doctor_tells_what_differs(call):
 def test_doctor_tells_what_is_missing(call, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTFLOW_DATA", str(tmp_path))
     config = ROOT / "configs" / "experiments" / "EDM" / "config_cm_cifar10.py"
-    status, out, _ = call("doctor", "--config", config, f"data.path={tmp_path / 'no.zip'}")
+    changes = (f"data.path={tmp_path / 'no.zip'}", "init_from=null")
+    status, out, _ = call("doctor", "--config", config, *changes)
     assert status == 2
     assert "FAIL data" in out
     assert "no.zip does not exist" in out

@@ -13,15 +13,16 @@ from torch import Tensor
 from callbacks.ct_schedule import CTScheduleCallback
 from consistency_fakes import GaussianTeacher
 from fastflow.config import lazy
-from fastflow.consistency import Euler, GridPairing
+from fastflow.consistency import Euler, GridPairing, Heun, TeacherStep
 from fastflow.errors import CheckpointError, ConfigError
 from fastflow.experiment import Experiment
 from fastflow.method import Frozen
 from fastflow.model import Model
 from fastflow.network import Network
 from fastflow.schedules import AdaptiveDecay, SqrtDiscretization
+from fastflow.teacher import Teacher
 from fastflow.trainer import Trainer
-from methods.cm import CM, Teacher
+from methods.cm import CM
 from methods.edm import EDM
 from tiny import OBSERVERS, drivers, toy, train, without_observers
 
@@ -29,8 +30,13 @@ N_OF_STEP = lazy(CTScheduleCallback, schedule=SqrtDiscretization(s0=2, s1=10))
 STEPS = 5
 
 
-def distillation(teacher: Teacher, **changes) -> Experiment:
-    method = CM(pairs=GridPairing(), teacher=teacher, target=AdaptiveDecay(mu0=0.9, s0=2))
+def distillation(
+    teacher: Teacher,
+    step: TeacherStep = Heun(),
+    **changes,  # noqa: B008, a value
+) -> Experiment:
+    target = AdaptiveDecay(mu0=0.9, s0=2)
+    method = CM(pairs=GridPairing(), teacher=teacher, step=step, target=target)
     callbacks = (*drivers(N_OF_STEP), *OBSERVERS)
     changes = {"callbacks": callbacks, "steps": STEPS, **changes}
     return toy(name="tiny_distillation", method=method, **changes)
@@ -65,7 +71,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def test_target_follows_the_student_and_the_teacher_stays(edm_run, tmp_path):
     source = Frozen(weights=str(edm_run))
-    trainer = Trainer(distillation(Teacher(source=source, step=Euler())), tmp_path / "cd")
+    trainer = Trainer(distillation(Teacher(source=source), step=Euler()), tmp_path / "cd")
     assert not trainer.state.networks["teacher"].training
     history = [seen for seen, _ in zip(step_by_step(trainer), range(STEPS + 1), strict=False)]
     first = history[0]

@@ -21,6 +21,7 @@ from fastflow.evaluation.results import read
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "experiments" / "EDM" / "config_cm_cifar10.py"
 SMALL = (
+    "init_from=null",
     *("network.model.channels=16", "network.model.num_blocks=1", "batch_size=8", "steps=6"),
     *("callbacks.8.every=1", "callbacks.9.every=100", "callbacks.9.count=4"),
     "callbacks.10.every=2",
@@ -137,6 +138,19 @@ def test_it_evaluates_with_inception(trained, inception_weights, tmp_path, monke
     found = [row for row in rows if row.extractor == "inception-v3 with other weights, 2048"]
     assert [row.samples for row in found] == [8]
     assert found[0].value > 0
+
+
+def test_without_the_initial_weights_it_says_what_to_do(archive, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FASTFLOW_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nothing answers
+    monkeypatch.setenv("no_proxy", "")
+    run_dir = f"--run-dir={tmp_path / 'run'}"
+    assert cli.main(["train", "--config", str(CONFIG), run_dir, f"data.path={archive}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    url = "nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl"
+    assert line.startswith(f"fastflow: init_from: https://{url}: download to ")
+    assert f"a copy from elsewhere belongs at {tmp_path / 'data' / 'weights' / url}" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_data_it_says_what_to_do(tmp_path):

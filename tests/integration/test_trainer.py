@@ -37,11 +37,12 @@ from fastflow.errors import ConfigError, DivergenceError
 from fastflow.experiment import Parallel
 from fastflow.method import Frozen
 from fastflow.network import Network
-from fastflow.precond import EDMDenoiser
 from fastflow.progress import Progress
 from fastflow.schedules import LinearWarmup
+from fastflow.teacher import Teacher
 from fastflow.trainer import Trainer
-from methods.cm import CM, Teacher
+from fastflow.wrappers import EDMDenoiser
+from methods.cm import CM
 from networks.layers import PositionalEmbedding
 from networks.mlp import ToyMLP
 from tiny import (
@@ -298,6 +299,11 @@ def test_divergence_in_the_step_of_a_checkpoint_is_not_saved(tmp_path):
 # What is refused before anything is written
 
 
+class Score(Network):
+    predicts = "score"
+    sample_shape = (2,)
+
+
 class Velocity(Network):
     predicts = "velocity"
     sample_shape = (2,)
@@ -347,8 +353,8 @@ def distilled(teacher: Teacher):
         ),
         (lambda: {"network": lazy(Velocity)}, "predicts 'velocity', but CM expects 'denoiser'"),
         (
-            lambda: distilled(Teacher(source=Frozen(weights=None, network=lazy(Velocity)))),
-            "teacher: predicts 'velocity', accepted: 'denoiser'",
+            lambda: distilled(Teacher(source=Frozen(weights=None, network=lazy(Score)))),
+            "teacher: predicts 'score', accepted: 'denoiser', 'velocity', 'trigflow'",
         ),
         (
             lambda: distilled(Teacher(source=Frozen(weights=None, network=MLP), guidance=3.0)),

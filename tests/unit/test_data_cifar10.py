@@ -27,8 +27,8 @@ from data_files import (
 )
 from fastflow.data import cifar10
 from fastflow.data.cifar10 import Cifar10, find_cifar10
-from fastflow.data.download import Remote, download
 from fastflow.data.plain_pickle import ByteArray, RefusedPickle, read_plain_pickle
+from fastflow.download import Remote, download
 from fastflow.errors import DataError
 
 IMAGES, LABELS = cifar_images(10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastflow.precond import EDMDenoiser
+from fastflow.wrappers import EDMDenoiser
 from networks.mlp import ToyMLP, noise_features
 
 CENTRES = torch.tensor([[0.6, 0.0], [-0.3, 0.5], [-0.3, -0.5]])

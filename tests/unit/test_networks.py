@@ -1,20 +1,26 @@
-"""What every raw network promises: forward-mode AD, precision, labels, initial values, sizes."""
+"""What every raw network promises: forward-mode AD, precision, labels, times, guidance, sizes.
+
+A network joins the promises by a function that makes a small one, put into the lists below.
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastflow.errors import ConfigError
 from networks.adm_unet import DhariwalUNet
-from networks.layers import ConvDownsample, GroupNorm, Resample, attention
+from networks.attention import Backend
+from networks.dit import DiT
+from networks.edm2 import EDM2UNet
+from networks.layers import ConvDownsample, FourierEmbedding, GroupNorm, Resample
 from networks.mlp import ToyMLP
 from networks.song_unet import SongUNet
 from networks.unet import UNet, UNetBlock
@@ -27,6 +33,23 @@ NCSN = {
     "channel_mult_noise": 2,
     "encoder": "residual",
     "resample_filter": (1, 3, 3, 1),
+}
+EDM2 = {
+    "resolution": 8,
+    "in_channels": 2,
+    "channels": 8,
+    "channel_mult": (1, 2),
+    "num_blocks": 1,
+    "attn_resolutions": (4,),
+    "channels_per_head": 8,
+}
+DIT = {
+    "resolution": 8,
+    "patch_size": 2,
+    "in_channels": 2,
+    "hidden_size": 16,
+    "depth": 2,
+    "num_heads": 2,
 }
 ADM = {
     **SMALL,
@@ -54,25 +77,46 @@ def adm(**kwargs: Any) -> DhariwalUNet:
     return DhariwalUNet(**{**ADM, **kwargs})
 
 
+def edm2(**kwargs: Any) -> EDM2UNet:
+    return EDM2UNet(**{**EDM2, **kwargs})
+
+
+def dit(**kwargs: Any) -> DiT:
+    return DiT(**{**DIT, **kwargs})
+
+
 def mlp(**kwargs: Any) -> ToyMLP:
     return ToyMLP(**{"width": 16, "depth": 2, **kwargs})
 
 
-UNETS = [ddpmpp, ncsnpp, skip, adm]
-NETS = [*UNETS, mlp]
+UNETS = [ddpmpp, ncsnpp, skip, adm]  # these take augmentation labels
+DROPPING = [*UNETS, edm2]  # have dropout
+IMAGES = [*DROPPING, dit]  # have attention and label dropout
+NETS = [*IMAGES, mlp]
 Maker = Callable[..., Any]
+
+# Prefixes of the modules that read times, guidance and labels.
+EMBEDDINGS = ("map_", "emb_", "t_embedder", "s_embedder", "w_embedder", "y_embedder")
+
+ALL = {"cond_dim": 5, "two_times": True, "takes_guidance": True}
+
+
+def full(make: Maker, **kwargs: Any) -> Any:
+    """The network with all conditions that every network has."""
+    return make(**ALL, **kwargs)
 
 
 def scramble(net: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter a size that matters, in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in net.parameters():
+        for name, p in net.named_parameters():
             fan = max(p[0].numel(), 1) if p.ndim > 1 else 4
             noise = torch.randn(p.shape, generator=generator) / math.sqrt(fan)
-            p.copy_(noise + (1.0 if p.ndim == 1 else 0.0))
+            size = 0.3 if ".qkv." in name else 1.0  # saturated attention magnifies rounding
+            p.copy_(size * (noise + (1.0 if p.ndim == 1 else 0.0)))
         for name, buffer in net.named_buffers():
-            if name.endswith("freqs"):  # small, so that finite differences resolve them
+            if name.endswith(("freqs", "phases")):  # small: finite differences resolve them
                 buffer.copy_(torch.randn(buffer.shape, generator=generator))
     return net.eval()
 
@@ -84,11 +128,38 @@ def inputs(net: Any, rows: int = 3, dtype: torch.dtype = torch.float32) -> tuple
     return x.to(dtype), c_noise.to(dtype)
 
 
-def directions(x: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
+def conditions(rows: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Class rows, second times and guidance scales for a `full` network."""
+    generator = torch.Generator().manual_seed(3)
+    second = torch.rand(rows, generator=generator, dtype=torch.float64)
+    guidance = 1 + 4 * torch.rand(rows, generator=generator, dtype=torch.float64)
+    return torch.eye(5, dtype=dtype)[torch.arange(rows) % 5], second.to(dtype), guidance.to(dtype)
+
+
+def all_inputs(
+    net: Any, rows: int = 3, dtype: torch.dtype = torch.float32
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """A `full` network as a function of x, both times and guidance, and values for these."""
+    x, c = inputs(net, rows, dtype)
+    cond, second, guidance = conditions(rows, dtype)
+
+    def call(x: Tensor, c: Tensor, second: Tensor, guidance: Tensor) -> Tensor:
+        out: Tensor = net(x, c, cond, c_second=second, guidance=guidance)
+        return out
+
+    return call, (x, c, second, guidance)
+
+
+def directions(*given: Tensor) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(2)
-    dx = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    dc = torch.randn(c_noise.shape, generator=generator, dtype=torch.float64)
-    return dx.to(x.dtype), dc.to(c_noise.dtype)
+    return tuple(
+        torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part.dtype)
+        for part in given
+    )
+
+
+def moved(given: tuple[Tensor, ...], along: tuple[Tensor, ...], h: float) -> tuple[Tensor, ...]:
+    return tuple(part + h * step for part, step in zip(given, along, strict=True))
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -101,115 +172,269 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("make", NETS)
 def test_jvp_equals_float64_finite_differences(make: Maker) -> None:
-    net = scramble(make()).double()
-    x, c = inputs(net, dtype=torch.float64)
-    dx, dc = directions(x, c)
+    net, given = all_inputs(scramble(full(make)).double(), dtype=torch.float64)
+    along = directions(*given)
+    h = 1e-5
     with torch.no_grad():
-        _, tangent = torch.func.jvp(net, (x, c), (dx, dc))
-        h = 1e-5
-        central = (net(x + h * dx, c + h * dc) - net(x - h * dx, c - h * dc)) / (2 * h)
+        _, tangent = torch.func.jvp(net, given, along)
+        central = (net(*moved(given, along, h)) - net(*moved(given, along, -h))) / (2 * h)
         assert relative(tangent, central) < 1e-7
-        single = scramble(make())
-        args, tangents = (x.float(), c.float()), (dx.float(), dc.float())
-        assert relative(torch.func.jvp(single, args, tangents)[1], central) < 1e-4
+        for i in (2, 3):  # the second time and guidance by themselves
+            alone = tuple(d if j == i else torch.zeros_like(d) for j, d in enumerate(along))
+            _, tangent = torch.func.jvp(net, given, alone)
+            part = (net(*moved(given, alone, h)) - net(*moved(given, alone, -h))) / (2 * h)
+            assert relative(tangent, part) < 1e-6
+        single, given = all_inputs(scramble(full(make)))
+        tangent = torch.func.jvp(single, given, directions(*given))[1]
+        assert relative(tangent, central) < 1e-4
 
 
 @pytest.mark.parametrize("make", NETS)
 def test_jvp_under_bf16_autocast_keeps_one_type(make: Maker) -> None:
-    net = scramble(make())
-    x, c = inputs(net)
-    dx, dc = directions(x, c)
+    net, given = all_inputs(scramble(full(make)))
+    along = directions(*given)
     with torch.no_grad():
-        out, tangent = torch.func.jvp(net, (x, c), (dx, dc))
+        out, tangent = torch.func.jvp(net, given, along)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            low, low_tangent = torch.func.jvp(net, (x, c), (dx, dc))
+            low, low_tangent = torch.func.jvp(net, given, along)
     assert low.dtype == low_tangent.dtype == torch.float32
     assert 0 < relative(low, out) < 0.05
-    assert relative(low_tangent, tangent) < 0.1
+    assert relative(low_tangent, tangent) < 0.06
 
 
-@pytest.mark.parametrize("make", UNETS)
+@pytest.mark.parametrize("make", IMAGES)
 def test_jvp_takes_channels_last_images(make: Maker) -> None:
-    net = scramble(make())
-    x, c = inputs(net)
-    dx, dc = directions(x, c)
+    net, given = all_inputs(scramble(full(make)))
+    along = directions(*given)
     last = torch.channels_last
-    _, plain = torch.func.jvp(net, (x, c), (dx, dc))
-    _, other = torch.func.jvp(net, (x.to(memory_format=last), c), (dx.to(memory_format=last), dc))
+    _, plain = torch.func.jvp(net, given, along)
+    images, steps = given[0].to(memory_format=last), along[0].to(memory_format=last)
+    _, other = torch.func.jvp(net, (images, *given[1:]), (steps, *along[1:]))
     assert relative(other, plain) < 1e-5
 
 
-def test_fused_attention_agrees_and_is_differentiable_under_the_math_kernel() -> None:
-    explicit, fused = scramble(ddpmpp()), scramble(ddpmpp(attention="fused"))
-    x, c = inputs(explicit)
-    tangents = directions(x, c)
-    assert relative(fused(x, c), explicit(x, c)) < 1e-5
-    with sdpa_kernel(SDPBackend.MATH):
-        _, tangent = torch.func.jvp(fused, (x, c), tangents)
-    assert relative(tangent, torch.func.jvp(explicit, (x, c), tangents)[1]) < 1e-5
+@pytest.mark.parametrize("make", IMAGES)
+def test_attention_backends_agree(make: Maker) -> None:
+    net = scramble(make(attention="explicit"))
+    given = inputs(net)
+    along = directions(*given)
+    backends: tuple[Backend, ...] = get_args(Backend)
+    with torch.no_grad():
+        out, tangent = torch.func.jvp(net, given, along)
+        for backend in backends:
+            other = scramble(make(attention=backend))
+            assert relative(other(*given), out) < 1e-5
+            if backend == "fused":
+                with pytest.raises(ConfigError, match="attention: 'fused'"):
+                    torch.func.jvp(other, given, along)
+            else:
+                assert relative(torch.func.jvp(other, given, along)[1], tangent) < 1e-5
 
 
-@pytest.mark.parametrize("make", [ddpmpp, adm])
-def test_compiled_jvp_agrees(make: Maker) -> None:
+@pytest.mark.parametrize("make", IMAGES)
+def test_attention_has_the_layout_that_fused_kernels_take(make: Maker) -> None:
     net = scramble(make())
-    x, c = inputs(net)
-    tangents = directions(x, c)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        net(*inputs(net))
+    names = " ".join(event.key for event in profile.key_averages())
+    assert "_flash_attention" in names
+    assert "_attention_math" not in names
 
-    def tangent(x: Tensor, c: Tensor, dx: Tensor, dc: Tensor) -> Tensor:
-        return torch.func.jvp(net, (x, c), (dx, dc))[1]
+
+@pytest.mark.parametrize(
+    ("make", "size"),  # as small as has every layer: tracing takes seconds
+    [
+        (ddpmpp, {}),
+        (adm, {"channel_mult": (2,), "attn_resolutions": ()}),
+        (edm2, {"channel_mult": (1,), "attn_resolutions": ()}),
+        (dit, {"depth": 1}),
+    ],
+    ids=["ddpmpp", "adm", "edm2", "dit"],
+)
+def test_compiled_jvp_agrees(make: Maker, size: dict[str, Any]) -> None:
+    net, given = all_inputs(scramble(full(make, **size)))
+    along = directions(*given)
+
+    def tangent(given: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Tensor:
+        return torch.func.jvp(net, given, along)[1]
 
     with torch.no_grad():
-        compiled = torch.compile(tangent, backend="eager", fullgraph=True)(x, c, *tangents)
-        assert relative(compiled, tangent(x, c, *tangents)) < 1e-5
+        compiled = torch.compile(tangent, backend="eager", fullgraph=True)(given, along)
+        assert relative(compiled, tangent(given, along)) < 1e-5
 
 
 # Precision
 
 
 @pytest.mark.parametrize("make", NETS)
-def test_noise_embedding_is_never_narrowed(make: Maker) -> None:
-    net = scramble(make())
-    seen: list[torch.dtype] = []
-
-    def note(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        seen.extend([args[0].dtype, out.dtype])
-
+def test_times_guidance_and_their_embeddings_are_never_narrowed(make: Maker) -> None:
+    net = scramble(full(make))
+    call, given = all_inputs(net)
+    seen: dict[str, set[torch.dtype]] = {}
     for name, module in net.named_modules():
-        if name.startswith("map_"):
-            module.register_forward_hook(note)
-    x, c = inputs(net)
+        if name.startswith(EMBEDDINGS):
+
+            def note(module: nn.Module, args: tuple[Tensor, ...], out: Tensor, at: str) -> None:
+                seen.setdefault(at, set()).update([args[0].dtype, out.dtype])
+
+            module.register_forward_hook(functools.partial(note, at=name))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = net(x, c)
-    assert len(seen) >= 2
-    assert set(seen) == {torch.float32}
+        out = call(*given)
+    assert len(seen) >= 3
+    assert all(kinds == {torch.float32} for kinds in seen.values()), seen
     assert out.dtype == torch.float32
-    torch.testing.assert_close(net(x, c.double()), net(x, c))
+    wide = [part.double() for part in given[1:]]
+    torch.testing.assert_close(call(given[0], *wide), call(*given))
 
 
 @pytest.mark.parametrize("make", NETS)
-def test_narrow_noise_level_is_refused(make: Maker) -> None:
-    net = make()
-    x, c = inputs(net)
-    with pytest.raises(ConfigError, match=r"c_noise: torch.bfloat16 given.*float32"):
-        net(x, c.bfloat16())
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_narrow_times_and_guidance_are_refused(make: Maker, place: int) -> None:
+    call, given = all_inputs(full(make))
+    name = ("x", "c_noise", "c_second", "guidance")[place]
+    narrow = [part.bfloat16() if at == place else part for at, part in enumerate(given)]
+    with pytest.raises(ConfigError, match=rf"{name}: torch.bfloat16 given.*float32"):
+        call(*narrow)
 
 
 @pytest.mark.parametrize("make", NETS)
 def test_rows_do_not_depend_on_the_batch(make: Maker) -> None:
-    net = scramble(make()).double()
+    net = scramble(full(make)).double()
     x, c = inputs(net, rows=4, dtype=torch.float64)
-    torch.testing.assert_close(net(x, c)[2:3], net(x[2:3], c[2:3]), rtol=1e-11, atol=1e-11)
+    cond, second, guidance = conditions(rows=4, dtype=torch.float64)
+    whole = net(x, c, cond, c_second=second, guidance=guidance)
+    at = slice(2, 3)
+    alone = net(x[at], c[at], cond[at], c_second=second[at], guidance=guidance[at])
+    torch.testing.assert_close(whole[at], alone, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("make", NETS)
 def test_inputs_are_left_alone_and_the_network_can_be_copied(make: Maker) -> None:
-    net = scramble(make())
-    x, c = inputs(net)
-    before = x.clone(), c.clone()
-    out = copy.deepcopy(net)(x, c)
-    torch.testing.assert_close((x, c), before, rtol=0, atol=0)
-    torch.testing.assert_close(out, net(x, c), rtol=0, atol=0)
+    net = scramble(full(make))
+    call, given = all_inputs(net)
+    before = [part.clone() for part in given]
+    out = all_inputs(copy.deepcopy(net))[0](*given)
+    torch.testing.assert_close(list(given), before, rtol=0, atol=0)
+    torch.testing.assert_close(out, call(*given), rtol=0, atol=0)
     assert all(p.ndim > 0 for p in net.parameters())
+    assert set(net.state_dict()) == {name for name, _ in named_tensors(net)}
+
+
+# Second time and guidance
+
+
+def named_tensors(net: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*net.named_parameters(), *net.named_buffers()]
+
+
+def extended(net: nn.Module, make: Maker, **kwargs: Any) -> Any:
+    """The network that `kwargs` ask for with the weights of `net`, its additions as initialised."""
+    other = make(**kwargs).eval()
+    missing, unexpected = other.load_state_dict(net.state_dict(), strict=False)
+    assert unexpected == []
+    for prefix in other.additions():
+        assert any(name.startswith(prefix) for name in missing)
+    assert [name for name in missing if not name.startswith(other.additions())] == []
+    return other
+
+
+@pytest.mark.parametrize("make", NETS)
+def test_second_time_and_guidance_do_nothing_at_first(make: Maker) -> None:
+    net = scramble(make(cond_dim=5))
+    x, c = inputs(net)
+    cond, second, guidance = conditions()
+    zero, far = torch.zeros_like(c), torch.full_like(c, 900.0)
+    assert net.additions() == ()
+    with torch.no_grad():
+        out = net(x, c, cond)
+        both = extended(net, make, **ALL)
+        assert len(both.additions()) == 2
+        for s in (c, zero, far, second):
+            for w in (None, zero, guidance):
+                same = both(x, c, cond, c_second=s, guidance=w)
+                torch.testing.assert_close(same, out, rtol=0, atol=0)
+        times = extended(net, make, cond_dim=5, two_times=True)
+        torch.testing.assert_close(times(x, c, cond, c_second=second), out, rtol=0, atol=0)
+        guided = extended(net, make, cond_dim=5, takes_guidance=True)
+        torch.testing.assert_close(guided(x, c, cond, guidance=guidance), out, rtol=0, atol=0)
+        torch.testing.assert_close(guided(x, c, cond), out, rtol=0, atol=0)
+    assert (*times.additions(), *guided.additions()) == both.additions()
+
+
+@pytest.mark.parametrize("make", UNETS)
+def test_additions_of_unets_are_named_as_promised(make: Maker) -> None:
+    names = set(make(cond_dim=5, augment_dim=4).state_dict())
+    more = set(full(make, augment_dim=4).state_dict()) - names
+    assert all(name.startswith(("map_second.", "map_guidance.")) for name in more)
+    assert {"map_second.layer.weight", "map_guidance.weight"} <= more
+
+
+@pytest.mark.parametrize("make", NETS)
+def test_second_time_and_guidance_can_be_learnt_from_the_first_step(make: Maker) -> None:
+    net = extended(scramble(make(cond_dim=5)), make, **ALL)
+    call, given = all_inputs(net)
+    out = call(*given)
+    (out * torch.randn_like(out)).mean().backward()
+    for prefix in net.additions():
+        grads = [p.grad for name, p in net.named_parameters() if name.startswith(prefix)]
+        assert all(grad is not None for grad in grads)
+        assert any(float(grad.norm()) > 1e-6 for grad in grads), prefix
+
+
+@pytest.mark.parametrize("make", NETS)
+def test_second_time_and_guidance_count_once_learnt(make: Maker) -> None:
+    net = scramble(full(make))
+    call, (x, c, second, guidance) = all_inputs(net)
+    with torch.no_grad():
+        out = call(x, c, second, guidance)
+        for other in (call(x, c, second + 0.5, guidance), call(x, c, second, guidance + 2)):
+            assert relative(other, out) > 1e-3
+        cond = conditions()[0]
+        one = call(x, c, second, torch.ones_like(c))
+        torch.testing.assert_close(net(x, c, cond, c_second=second), one, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", NETS)
+def test_wrong_use_of_second_time_and_guidance_is_refused(make: Maker) -> None:
+    plain, times = make(), make(two_times=True)
+    x, c = inputs(plain)
+    kind = type(plain).__name__
+    with pytest.raises(ConfigError, match=f"c_second: given to {kind} with two_times=False"):
+        plain(x, c, c_second=c)
+    with pytest.raises(ConfigError, match=f"c_second: not given to {kind} with two_times=True"):
+        times(x, c)
+    with pytest.raises(ConfigError, match=f"guidance: given to {kind} with takes_guidance=False"):
+        times(x, c, c_second=c, guidance=c)
+
+
+@pytest.mark.parametrize("make", [ddpmpp, ncsnpp, skip])
+def test_reset_parameters_keeps_the_additions_without_effect(make: Maker) -> None:
+    net = scramble(full(make, augment_dim=4))
+    net.reset_parameters()
+    call, (x, c, second, guidance) = all_inputs(net)
+    out = call(x, c, second, guidance)
+    assert out.detach().any()
+    torch.testing.assert_close(call(x, c, second + 1, guidance * 2), out, rtol=0, atol=0)
+    assert net.map_second.augment.weight.detach().any()
+
+
+@pytest.mark.parametrize("make", UNETS)
+def test_the_second_time_reads_labels_too(make: Maker) -> None:
+    net = scramble(full(make, augment_dim=4))
+    x, c = inputs(net)
+    cond, second, guidance = conditions()
+
+    def call() -> Tensor:
+        out: Tensor = net(x, c, cond, torch.ones(3, 4), second, guidance)
+        return out
+
+    with torch.no_grad():
+        out = call()
+        for name, p in net.map_second.named_parameters():
+            before = p.clone()
+            p.zero_()
+            assert relative(call(), out) > 1e-4, name
+            p.copy_(before)
 
 
 # Labels
@@ -239,11 +464,11 @@ def test_no_augmentation_is_the_zero_row(make: Maker) -> None:
     assert relative(net(x, c, augment=torch.randn(3, 4)), none) > 1e-3
 
 
-@pytest.mark.parametrize("make", UNETS)
+@pytest.mark.parametrize("make", NETS)
 def test_every_parameter_gets_a_gradient_without_labels(make: Maker) -> None:
-    net = make(cond_dim=5, augment_dim=4)
+    net = full(make, **({"augment_dim": 4} if make in UNETS else {}))
     x, c = inputs(net)
-    net(x, c).sum().backward()
+    net(x, c, c_second=c).sum().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None] == []
 
 
@@ -259,7 +484,7 @@ def test_labels_of_another_shape_are_refused(make: Maker) -> None:
         net(x, c, augment=torch.zeros(3, 2))
 
 
-@pytest.mark.parametrize("make", [ddpmpp, adm])
+@pytest.mark.parametrize("make", [ddpmpp, adm, edm2, dit])
 def test_label_dropout_zeroes_whole_rows_in_training_only(make: Maker) -> None:
     net = scramble(make(cond_dim=5, label_dropout=0.5))
     x, c = inputs(net, rows=16)
@@ -274,7 +499,7 @@ def test_label_dropout_zeroes_whole_rows_in_training_only(make: Maker) -> None:
     assert 0 < sum(kept) < 16
 
 
-@pytest.mark.parametrize("make", UNETS)
+@pytest.mark.parametrize("make", DROPPING)
 def test_dropout_is_active_in_training_only_and_follows_the_seed(make: Maker) -> None:
     net, plain = scramble(make(dropout=0.3)), scramble(make())
     x, c = inputs(net)
@@ -333,6 +558,14 @@ def test_initial_adm_is_zero_and_kaiming() -> None:
             assert 0.8 * bound < float(p.abs().max()) <= bound, name
         else:
             assert p.any(), name
+
+
+def test_fourier_frequencies_have_the_scale_that_is_asked_for() -> None:
+    torch.manual_seed(0)
+    wide, slow = ncsnpp(channels=128), ncsnpp(channels=128, fourier_scale=0.02)
+    assert isinstance(slow.map_noise, FourierEmbedding)
+    assert float(wide.map_noise.freqs.std()) == pytest.approx(16.0, rel=0.15)
+    assert float(slow.map_noise.freqs.std()) == pytest.approx(0.02, rel=0.15)
 
 
 # Sizes and structure
@@ -398,15 +631,6 @@ def test_the_blur_keeps_a_constant_inside() -> None:
     assert ConvDownsample(1, 2, 3, (1, 3, 3, 1))(x).shape == (1, 2, 4, 4)
 
 
-def test_attention_averages_values_by_weights() -> None:
-    q, k = torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 3)
-    v = torch.tensor([[[[1.0, 2.0, 6.0], [0.0, 3.0, 0.0]]]])
-    for backend in ("explicit", "fused"):
-        out = attention(q, k, v, backend)  # type: ignore[arg-type]
-        torch.testing.assert_close(out, v.mean(-1, keepdim=True).expand(1, 1, 2, 3))
-        assert out.is_contiguous()
-
-
 def test_attention_stands_where_it_is_asked_for() -> None:
     names = [n for n, m in ddpmpp().named_modules() if isinstance(m, UNetBlock) and m.heads]
     assert names == ["enc.4x4_block0", "dec.4x4_in0", "dec.4x4_block1"]
@@ -425,6 +649,8 @@ def test_attention_stands_where_it_is_asked_for() -> None:
         (lambda: ddpmpp(dropout=1.0), "dropout: 1.0 given"),
         (lambda: ddpmpp(label_dropout=-0.1), "label_dropout: -0.1 given"),
         (lambda: ddpmpp(resample_filter=(1, 2, 1)), "resample_filter"),
+        (lambda: ncsnpp(fourier_scale=0.0), "fourier_scale: 0.0 given, a finite number above 0"),
+        (lambda: ncsnpp(fourier_scale=math.nan), "fourier_scale: nan given"),
         (lambda: ddpmpp(out_channels=0), "out_channels: 0 given"),
         (lambda: adm(channels=0), "channels: 0 given"),
         (lambda: adm(dropout=2.0), "dropout: 2.0 given"),

@@ -27,9 +27,9 @@ from fastflow.evaluation.extractors import DigitFeatures
 from fastflow.evaluation.metrics import FID, RealHalves
 from fastflow.evaluation.spec import Evaluation
 from fastflow.experiment import Experiment
-from fastflow.precond import EDMDenoiser
 from fastflow.schedules import CosineLR, RatioStages, SigmoidRatio
 from fastflow.times import LogNormal
+from fastflow.wrappers import EDMDenoiser
 from methods.cm import CM
 from networks.song_unet import SongUNet
 

@@ -26,9 +26,9 @@ from fastflow.ema import ConstantEMA
 from fastflow.evaluation.spec import Evaluation
 from fastflow.evaluation.toy_metrics import EnergyDistance, FlowMapError
 from fastflow.experiment import Experiment
-from fastflow.precond import EDMDenoiser
 from fastflow.schedules import RatioStages, SigmoidRatio
 from fastflow.times import LogNormal
+from fastflow.wrappers import EDMDenoiser
 from methods.cm import CM
 from networks.mlp import ToyMLP
 

@@ -1,0 +1,133 @@
+"""A frozen diffusion or flow model that a method distils, with its guidance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastflow.errors import ConfigError
+from fastflow.method import Companion, Frozen, Networks
+from fastflow.network import Network
+from fastflow.parts import Part
+from fastflow.path import VE, Linear, Path, TrigFlow
+from fastflow.sampling import Denoiser, guided
+
+TEACHER, GUIDE = "teacher", "guide"
+
+Conditional = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher(Part):
+    """What a method distils: D_w = D_g + w (D - D_g), w = 1 for no guidance.
+
+    D_g is the same model without its class (classifier-free guidance, arXiv 2207.12598; the
+    unconditional row is all zeros), or a weaker model with the class (autoguidance, arXiv
+    2406.02507).
+
+    Attributes:
+        source: the model: a denoiser, a velocity or a TrigFlow network of one time.
+        guidance: w.
+        guide: the weaker model; None for classifier-free guidance.
+    """
+
+    source: Frozen
+    guidance: float = 1.0
+    guide: Frozen | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guide is not None and self.guidance == 1:
+            raise ConfigError(
+                "Teacher.guide: given with guidance 1, which never asks it; leave it out, or set "
+                "guidance, e.g. 2.0"
+            )
+
+    def companions(self) -> dict[str, Companion]:
+        """The networks that the trainer must build, by name."""
+        extra: dict[str, Companion] = {TEACHER: self.source}
+        if self.guide is not None:
+            extra[GUIDE] = self.guide
+        return extra
+
+    def check(self, nets: Networks) -> None:
+        """Raise ConfigError where the teacher does not fit the student."""
+        student = nets.student
+        for name in self.companions():
+            network = nets[name]
+            native_path(network, name)
+            if network.two_times:
+                raise ConfigError(f"{name}: a network of two times given, accepted: of one time")
+            if student.cond_dim not in (0, network.cond_dim):
+                raise ConfigError(
+                    f"{name}: cond_dim {network.cond_dim} given, accepted: {student.cond_dim}, "
+                    f"that of the student"
+                )
+        if student.cond_dim == 0 and self.guide is None and self.guidance != 1:
+            raise ConfigError(
+                f"method.teacher.guidance: {self.guidance} given without classes, accepted: 1; or "
+                f"train a network of classes (cond_dim), or name a weaker model (guide)"
+            )
+
+    def denoiser(self, nets: Networks, path: Path, cond: Tensor | None) -> Denoiser:
+        """D(x, t) [B, ...] for states and times of `path`, guided, without a graph.
+
+        Args:
+            nets: with the companions of this teacher.
+            path: the interpolant of x and t; the teacher's own may be another.
+            cond: class rows [B, cond_dim], or None.
+        """
+        source = denoised_by(nets[TEACHER], path)
+        if self.guide is None or self.guidance == 1:
+            null = None if cond is None else torch.zeros_like(cond)
+            return torch.no_grad()(guided(source, self.guidance, cond, null))
+        guide = denoised_by(nets[GUIDE], path)
+
+        @torch.no_grad()
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            weak = guide(x, t, cond)
+            return weak + self.guidance * (source(x, t, cond) - weak)
+
+        return denoise
+
+
+def native_path(network: Network, name: str = "network") -> Path:
+    """The interpolant that a network's prediction refers to.
+
+    Raises:
+        ConfigError: the network predicts something else.
+    """
+    if network.predicts == "denoiser":
+        return VE()
+    if network.predicts == "velocity":
+        return Linear()
+    if network.predicts == "trigflow":
+        return TrigFlow(sigma_data=network.sigma_data)
+    raise ConfigError(
+        f"{name}: predicts {network.predicts!r}, accepted: 'denoiser', 'velocity', 'trigflow'"
+    )
+
+
+def denoised_by(network: Network, path: Path) -> Conditional:
+    """D(x, t, cond) of any network of one time, for states and times of any path.
+
+    Paths agree at equal noise-to-signal ratio, where D is the same (arXiv 2206.00364, section 2).
+    """
+    native = native_path(network)
+    same = type(native) is type(path)
+    if isinstance(native, TrigFlow) and isinstance(path, TrigFlow):
+        same = native.sigma_data == path.sigma_data
+
+    def denoise(x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        if not same:
+            x, t = path.convert(x, t, native)
+        out: Tensor = network(x, t, cond=cond)
+        if network.predicts == "denoiser":
+            return out
+        velocity = out if network.predicts == "velocity" else network.sigma_data * out
+        return native.denoised_from_velocity(x, velocity, t)
+
+    return denoise
