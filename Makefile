@@ -10,10 +10,11 @@ CHECKED = fastflow methods networks callbacks configs tests benchmarks tools tra
 STAMP = $(VENV)/.fastflow-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-dist test-slow test-gpu lint format types bench docs check clean
+.PHONY: help setup demo test test-dist test-slow test-gpu lint format types bench bench-digits docs \
+    check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make the virtual environment (.venv) with everything the targets need
 
@@ -57,6 +58,9 @@ types: $(STAMP) ## the type checker
 
 bench: $(STAMP) ## step, sampling and evaluation time
 	$(VENV)/bin/python -m benchmarks
+
+bench-digits: $(STAMP) ## train and measure every method on the digits, against its stated bounds
+	$(VENV)/bin/python -m benchmarks.digits --jobs $(WORKERS)
 
 docs: $(STAMP) ## check that links, paths and imports in the documentation hold, and follow its how-tos
 	$(PYTEST) -q tests/architecture/test_docs.py

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import data, overhead, sampling, step_time
+from benchmarks import data, overhead, sampling, step_time, tangent
 
 # One thread and its own time, so that the figures survive a machine that others use too.
 ON_CPU = ["--threads", "1", "--clock", "cpu"]
 
-for benchmark in (step_time, sampling, overhead, data):
+for benchmark in (step_time, tangent, sampling, overhead, data):
     benchmark.main(["--repeats", "3", *([] if torch.cuda.is_available() else ON_CPU)])

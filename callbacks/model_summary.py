@@ -1,4 +1,4 @@
-"""What the network is made of, and what it costs."""
+"""What the network is made of, what it costs, and which kernels its attention takes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import warnings
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
 
 from fastflow.callback import Observer
 from fastflow.distributed import reshard
 from fastflow.errors import ConfigError, MissingPackageError
+from fastflow.measure import count, evaluating, measure, one_sample
 from fastflow.network import Network
 from fastflow.state import TrainState
+from fastflow.trainer import AUTOCAST
 
 
 class ModelSummary(Observer):
@@ -21,7 +22,8 @@ class ModelSummary(Observer):
     Args:
         depth: how deep modules are listed.
         counter: "torch" counts convolutions and matrix products, attention included, with
-            torch's FlopCounterMode; "fvcore" prints fvcore's table, which misses fused attention.
+            torch's FlopCounterMode, and says how attention is computed; "fvcore" prints fvcore's
+            table, which misses fused attention.
 
     Raises:
         ConfigError: `depth` below 1.
@@ -45,64 +47,45 @@ class ModelSummary(Observer):
     def on_start(self, state: TrainState) -> None:
         """Every process looks, for a sharded network needs all of them; one prints."""
         network = state.networks.student
-        was_training = network.training
-        network.eval()
+        device, dtype = state.world.device, AUTOCAST.get(state.experiment.precision)
         try:
-            with torch.no_grad():
-                table = self._table(network, _inputs(network, state.world.device), self._depth)
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                table = self._table(network, device, self._depth)
         finally:
-            network.train(was_training)
             reshard(network)
         if state.world.is_main:
             print(table)
             (state.run_dir / "model.txt").write_text(table + "\n")
 
 
-Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-
-
-def _inputs(network: Network, device: torch.device) -> Inputs:
-    """One sample at t = 1."""
-    x = torch.zeros(1, *network.sample_shape, device=device)
-    t = torch.ones(1, device=device)
-    s = t / 2 if network.two_times else None
-    cond = torch.zeros(1, network.cond_dim, device=device) if network.cond_dim else None
-    return x, t, s, cond
-
-
-def _torch_table(network: Network, inputs: Inputs, depth: int) -> str:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    with counter:
-        network(*inputs)
-    flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    root = type(network).__name__
-    total = sum(p.numel() for p in network.parameters())
-    rows = [(root, total, flops.get("Global", 0))]
+def _torch_table(network: Network, device: torch.device, depth: int) -> str:
+    cost = measure(network, device, kernels=device)
+    rows = [(type(network).__name__, cost.parameters, cost.macs)]
     for name, module in network.named_modules():
         level = name.count(".") + 1
         if name and level <= depth and any(True for _ in module.parameters()):
             label = f"{'  ' * level}{name.rpartition('.')[2]} ({type(module).__name__})"
-            rows.append((label, _count(module), flops.get(f"{root}.{name}", 0)))
+            rows.append((label, count(module), cost.macs_of.get(name, 0)))
     width = max(len(label) for label, _, _ in rows)
     lines = [f"{'module':<{width}}  {'parameters':>12}  {'share':>6}  {'GMACs':>8}"]
     lines += [
-        f"{label:<{width}}  {count:>12,}  {count / max(total, 1):>6.1%}  {cost / 2e9:>8.4f}"
-        for label, count, cost in rows
+        f"{label:<{width}}  {number:>12,}  {number / max(cost.parameters, 1):>6.1%}  "
+        f"{macs / 1e9:>8.4f}"
+        for label, number, macs in rows
     ]
-    return "\n".join([*lines, "GMACs: 1e9 multiply-accumulates of one forward pass of one sample"])
+    lines.append("GMACs: 1e9 multiply-accumulates of one forward pass of one sample")
+    if cost.attention != "-":
+        ordinary, _, forward_mode = cost.attention.partition("/")
+        rest = f"; {forward_mode} in forward-mode differentiation" if forward_mode else ""
+        lines.append(f"attention: {ordinary} on {device.type}{rest}")
+    return "\n".join(lines)
 
 
-def _fvcore_table(network: Network, inputs: Inputs, depth: int) -> str:
+def _fvcore_table(network: Network, device: torch.device, depth: int) -> str:
     from fvcore.nn import FlopCountAnalysis, flop_count_table
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), evaluating(network):
         warnings.simplefilter("ignore")  # of tracing; what is not counted is said in the docs
-        analysis = FlopCountAnalysis(network, inputs).unsupported_ops_warnings(False)
-        analysis = analysis.uncalled_modules_warnings(False)
+        analysis = FlopCountAnalysis(network, one_sample(network, device))
+        analysis = analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return str(flop_count_table(analysis, max_depth=depth))
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

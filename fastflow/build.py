@@ -9,6 +9,7 @@ import torch
 from fastflow import distributed
 from fastflow.callback import Callback, Driver
 from fastflow.config import FILE_MODULE, Lazy, build, packages_of, targets_of
+from fastflow.data.augment import Augment
 from fastflow.data.dataset import Dataset
 from fastflow.data.loader import Loader
 from fastflow.distributed import World
@@ -38,12 +39,7 @@ class Parts:
             ConfigError: parts do not fit each other, or a driver is missing.
             DataError, CheckpointError: the data or some weights are missing or do not fit.
         """
-        _check_classes(experiment)
-        callbacks = build_callbacks(experiment)
-        _check_world(experiment, world)
-        dataset = build(experiment.data, at="data")
-        student = build_network(experiment, "network", experiment.network)
-        check_fit(experiment.method, student, dataset)
+        callbacks, dataset, student = _without_weights(experiment, world)
         if experiment.init_from is not None:
             _load(student, experiment.network, "init_from", experiment.init_from, experiment)
         student.after_step()
@@ -53,16 +49,54 @@ class Parts:
         }
         networks = Networks(student.train(), companions)
         experiment.method.check(networks)
+        parallel = experiment.parallel
         for network in (student, *companions.values()):
             network.to(world.device)
-            recompute = experiment.parallel.checkpoint and network is student
-            distributed.shard(network, world, experiment.parallel.shard, recompute)
+            distributed.shard(
+                network,
+                world,
+                parallel.shard,
+                recompute=parallel.checkpoint and network is student,
+                compile=parallel.compile,
+            )
         return cls(
-            loader=Loader(dataset, experiment.batch_size, experiment.seed, world, student.cond_dim),
+            loader=Loader(
+                dataset,
+                experiment.batch_size,
+                experiment.seed,
+                world,
+                student.cond_dim,
+                augment=experiment.augment,
+            ),
             networks=networks,
             optimizer=_optimizer(experiment, student),
             callbacks=callbacks,
         )
+
+
+def check(experiment: Experiment, world: World) -> None:
+    """All checks of `Parts.of` but those of initial weights and companions.
+
+    For an experiment whose weights are yet to be trained.
+
+    Raises:
+        ConfigError, DataError: as there.
+    """
+    _without_weights(experiment, world)
+
+
+def _without_weights(
+    experiment: Experiment, world: World
+) -> tuple[tuple[Callback, ...], Dataset, Network]:
+    """Callbacks, data and the student with its own initial weights."""
+    _check_classes(experiment)
+    callbacks = build_callbacks(experiment)
+    _check_world(experiment, world)
+    dataset = build(experiment.data, at="data")
+    student = build_network(experiment, "network", experiment.network)
+    check_fit(experiment.method, student, dataset)
+    check_augment(experiment.augment, student, dataset)
+    return callbacks, dataset, student
 
 
 def build_callbacks(experiment: Experiment) -> tuple[Callback, ...]:
@@ -120,6 +154,19 @@ def check_fit(method: FlowMapMethod, network: Network, dataset: Dataset) -> None
         )
 
 
+def check_augment(augment: Augment | None, network: Network, dataset: Dataset) -> None:
+    """Raise ConfigError unless the images can be augmented and the network is told how."""
+    if augment is None:
+        return
+    augment.check(dataset.shape)
+    if network.augment_dim != augment.dim:
+        raise ConfigError(
+            f"network: augment_dim {network.augment_dim} given, accepted: {augment.dim}, the "
+            f"number of labels of {type(augment).__name__}; build the network's model with "
+            f"augment_dim={augment.dim}, or leave augment out"
+        )
+
+
 def _check_classes(experiment: Experiment) -> None:
     """Nobody could load, sample or evaluate a run with classes that only its file has."""
     for target in targets_of(experiment):
@@ -145,8 +192,9 @@ def build_companion(
         ConfigError, CheckpointError: it or its weights do not fit.
     """
     if not isinstance(spec, Frozen):  # a target starts as the student and keeps its dropout
-        network = build_network(experiment, "network", experiment.network)
-        network.load_state_dict(student.state_dict())
+        with torch.device("meta"):
+            network = build_network(experiment, "network", experiment.network)
+        distributed.materialise(network, student.state_dict(), torch.device("cpu"))
         return network.train().requires_grad_(False)
     description = spec.network or experiment.network
     network = build_network(experiment, name, description)

@@ -23,6 +23,10 @@ from fastflow.errors import ConfigError, DivergenceError, FastflowError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fastflow.distributed import World
+    from fastflow.experiment import Experiment
+    from fastflow.trainer import Trainer
+
 RUNS = Path("runs")
 
 
@@ -90,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     _device(train)
     train.add_argument(
         "--dry-run", action="store_true", help="check everything, print the resolved experiment"
+    )
+    train.add_argument(
+        "--no-prerequisites",
+        action="store_true",
+        help="where a run is needed first and not finished, say how to train it and stop",
     )
     train.set_defaults(run=_train)
 
@@ -194,31 +203,59 @@ def _safetensors(text: str) -> Path:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    import gc
+
     from fastflow import summary
     from fastflow.build import Parts
     from fastflow.config import load_experiment, override, to_yaml
     from fastflow.distributed import world
     from fastflow.experiment import Experiment
-    from fastflow.trainer import Trainer
+    from fastflow.prerequisites import check_all, refusal, unfinished
 
     allow = tuple(arguments.allow)
     written = load_experiment(arguments.config, kind=Experiment, allow=allow)
     experiment = override(written, arguments.overrides, allow)
     with world(arguments.device) as here:
-        if arguments.dry_run:
-            Parts.of(experiment, here)
-            print(to_yaml(experiment), end="")
-            return 0
         run_dir = arguments.run_dir or RUNS / experiment.name
-        trainer = Trainer(experiment, run_dir, here)
-        if here.is_main:
-            print(summary.start(trainer), flush=True)
-        state = trainer.fit()
+        first = unfinished(experiment, run_dir, here, allow)
+        if first and arguments.no_prerequisites:
+            raise ConfigError(refusal(first, arguments.device, allow))
+        if first:
+            check_all(first, experiment, here)
+        if arguments.dry_run:
+            if not first:
+                Parts.of(experiment, here)
+            print("".join(f"# first {stage}\n" for stage in first) + to_yaml(experiment), end="")
+            return 0
+        for stage in first:
+            if here.is_main:
+                print(f"first {stage}", flush=True)
+            trainer = _fitted(stage.experiment, stage.run_dir, here)
+            if trainer.state.stop is not None:
+                if here.is_main:
+                    print(summary.stopped(trainer))
+                return _signalled(trainer.state.stop)
+            del trainer
+            gc.collect()  # it is part of a cycle, and would keep its networks on the device
+        trainer = _fitted(experiment, run_dir, here)
         if here.is_main:
             print(summary.end(trainer))
-    if state.step < experiment.steps and state.stop in ("SIGINT", "SIGTERM"):
-        return 128 + signal.Signals[state.stop]
-    return 0
+    return _signalled(trainer.state.stop) if trainer.state.step < experiment.steps else 0
+
+
+def _fitted(experiment: Experiment, run_dir: Path, here: World) -> Trainer:
+    from fastflow import summary
+    from fastflow.trainer import Trainer
+
+    trainer = Trainer(experiment, run_dir, here)
+    if here.is_main:
+        print(summary.start(trainer), flush=True)
+    trainer.fit()
+    return trainer
+
+
+def _signalled(stop: str | None) -> int:
+    return 128 + signal.Signals[stop] if stop in ("SIGINT", "SIGTERM") else 0
 
 
 def _sample(arguments: argparse.Namespace) -> int:

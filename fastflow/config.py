@@ -149,8 +149,10 @@ def _no_file(path: pathlib.Path) -> str:
     folder = path if path.is_dir() else path.parent
     if not folder.is_dir():
         return f"{path}: no such file, and no folder {folder}"
-    names = [f.name for f in folder.iterdir() if f.suffix in (".py", ".yaml", ".yml")]
-    names = [name for name in names if name != "__init__.py"]
+    files = (f.name for f in folder.iterdir() if f.suffix in (".py", ".yaml", ".yml"))
+    names = [name for name in files if name != "__init__.py"]
+    # What a folder's configurations share stands beside them.
+    names = [name for name in names if name.startswith("config_")] or names
     problem = "is a folder, a file accepted" if path.is_dir() else f"no such file in {folder}"
     return f"{path}: {problem}; {one_of(path.name, names)}"
 

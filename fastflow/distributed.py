@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from fastflow.annotations import one_line
 from fastflow.errors import ConfigError, FastflowError
 from fastflow.network import Network
 
@@ -122,42 +125,119 @@ def full_tensor(value: Tensor) -> Tensor:
     return value
 
 
-def shard(network: Network, world: World, size: int, recompute: bool) -> None:
+def shard(
+    network: Network, world: World, size: int, *, recompute: bool = False, compile: bool = False
+) -> None:
     """Shard a network over `size` processes and replicate the shards over the rest, in place.
 
-    Each unit of `network.shard_units()` is sharded by itself, the rest with the root. With one
-    process the network stays a plain module.
+    Each unit of `network.shard_units()` is sharded by itself, the rest with the root; `forward`
+    and `logvar` of the sharded network gather what they need. With one process the network stays
+    a plain module.
 
     Args:
-        network: student or companion; its weights must be equal on all processes.
+        network: student or companion, on the world's device; its weights must be equal on all
+            processes.
         world: the processes.
         size: processes that share one copy; must divide the number of processes.
         recompute: recompute each unit's activations in the backward pass.
+        compile: compile each unit; see `Parallel`.
 
     Raises:
-        ConfigError: `size` does not divide the number of processes.
+        ConfigError: `size` does not divide the number of processes, the network has no units, or
+            torch.compile does not work on this device.
     """
     if world.size % size:
         raise ConfigError(
             f"parallel.shard: {size} given for {world.size} processes, accepted: a divisor of "
             f"{world.size}"
         )
-    if recompute:
-        for unit in network.shard_units():
-            _recompute(unit)
+    units = network.shard_units()
+    for key, asked in (("checkpoint", recompute), ("compile", compile)):
+        if asked and not units:
+            raise ConfigError(
+                f"parallel.{key}: true given, accepted for {type(network).__name__}: false, for "
+                f"its shard_units() names no blocks"
+            )
+    if compile:
+        _require_compiler(world.device)
+    for unit in units:
+        if recompute:
+            unit.forward = functools.partial(torch_checkpoint, unit.forward, use_reentrant=False)
+        if compile:
+            unit.forward = _compiled(unit.forward)
     if world.size == 1:
         return
-    mesh = init_device_mesh(
-        world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard")
-    )
+    distribute(network, world.device.type, world.size // size, size)
+
+
+def distribute(network: Network, device: str, replicas: int, size: int) -> None:
+    """Shard a network over `size` processes, the shards replicated `replicas` times, in place."""
+    mesh = init_device_mesh(device, (replicas, size), mesh_dim_names=("replicate", "shard"))
     for unit in network.shard_units():
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    if network.has_logvar:
+        register_fsdp_forward_method(network, "logvar")
 
 
-def _recompute(unit: nn.Module) -> None:
-    forward = unit.forward
-    unit.forward = functools.partial(torch_checkpoint, forward, use_reentrant=False)
+# Dropout must draw what it draws uncompiled: evaluations that share their masks may run either
+# way. Units are instances of few classes, whose variants would use up a common limit and make
+# each other's fixed shapes symbolic, which the compiler of CPUs fails on.
+_COMPILER: dict[str, Any] = {
+    "options": {"fallback_random": True},
+    "isolate_recompiles": True,
+    "dynamic": False,
+}
+
+
+def _compiled(eager: Callable[..., T]) -> Callable[..., T]:
+    compiled = torch.compile(eager, **_COMPILER)
+
+    def forward(*args: Tensor) -> T:
+        # In forward mode and for what stands in for tensors: compiled code loses the tangents.
+        if forward_ad._current_level >= 0 or not all(isinstance(a, Tensor) for a in args):
+            return eager(*args)
+        # Compiled for CPUs, a transposed argument gives gradients that are off by percents.
+        return compiled(*(a.contiguous() for a in args))
+
+    return forward
+
+
+def _require_compiler(device: torch.device) -> None:
+    """Compile a trifle; ConfigError where that fails, for want of a C++ compiler, say."""
+    try:
+        torch.compile(torch.sin, **_COMPILER)(torch.zeros(2, device=device))
+    except Exception as error:  # whatever compilers raise
+        raise ConfigError(
+            f"parallel.compile: true given, accepted here: false, for torch.compile fails on "
+            f"{device.type}: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def materialise(network: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give a network that was built on the meta device its weights, in place.
+
+        with torch.device("meta"):
+            network = build(description)
+        materialise(network, other.state_dict(), device)
+
+    Args:
+        network: without any tensor outside of its state dict.
+        weights: its full state dict.
+        device: where it goes.
+
+    Raises:
+        ConfigError: a tensor of the network is not in its state dict.
+    """
+    tensors = itertools.chain(network.named_parameters(), network.named_buffers())
+    outside = sorted({name for name, _ in tensors} - network.state_dict().keys())
+    if outside:
+        raise ConfigError(
+            f"network: {type(network).__name__} holds {outside[0]!r} outside of its state_dict(), "
+            f"which cannot be restored; register it with persistent=True"
+        )
+    network.to_empty(device=device)
+    network.load_state_dict(weights)
 
 
 def synchronise(network: nn.Module, now: bool) -> None:

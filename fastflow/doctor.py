@@ -16,6 +16,7 @@ from fastflow.distributed import World, world
 from fastflow.errors import FastflowError
 from fastflow.evaluation.compare import experiment_files
 from fastflow.experiment import Experiment
+from fastflow.prerequisites import Stage, check_all, unfinished
 from fastflow.summary import expectations
 
 OPTIONAL = {
@@ -100,8 +101,9 @@ def _configuration(
     experiment = override(written, overrides, allow)
     report.add("ok", "configuration", f"{config}: {experiment.name}")
     report.attempt("data", lambda: build(experiment.data, at="data").summary())
+    first = _prerequisites(report, experiment, here, allow)
     if report.healthy:
-        report.attempt("experiment", lambda: _fits(experiment, here))
+        report.attempt("experiment", lambda: _fits(experiment, first, here))
     else:
         report.add("-", "experiment", "not checked: it needs the data")
     report.add("ok", "expected", expectations(experiment))
@@ -111,7 +113,25 @@ def _configuration(
         report.add("!", "differs", f"{key}: the published recipe has {value}")
 
 
-def _fits(experiment: Experiment, here: World) -> str:
+def _prerequisites(
+    report: Report, experiment: Experiment, here: World, allow: tuple[str, ...]
+) -> tuple[Stage, ...]:
+    """What would be trained first; nothing where that cannot be told."""
+    try:
+        first = unfinished(experiment, None, here, allow)
+    except FastflowError as error:
+        report.healthy = False
+        report.add("FAIL", "prerequisites", str(error))
+        return ()
+    for stage in first:
+        report.add("!", "first", f"{stage}: 'fastflow train' trains it before")
+    return first
+
+
+def _fits(experiment: Experiment, first: tuple[Stage, ...], here: World) -> str:
+    if first:
+        check_all(first, experiment, here)
+        return "method, network, data and callbacks fit; weights are yet to be trained"
     parts = Parts.of(experiment, here)
     count = sum(p.numel() for p in parts.networks.student.parameters())
     return f"method, network, data and callbacks fit; {count / 1e6:.2f} M parameters"

@@ -42,22 +42,26 @@ class ConstantEMA(EMALaw):
     """The same decay at every step.
 
     Attributes:
-        beta: decay, in [0, 1).
+        beta: decay per step, in [0, 1).
+        every: steps between updates, each with beta^every (py-meanflow: 16).
     """
 
     beta: float
+    every: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.beta < 1.0:
             raise ConfigError(f"ConstantEMA.beta: {self.beta:g} given, 0 <= beta < 1 accepted")
+        if self.every < 1:
+            raise ConfigError(f"ConstantEMA.every: {self.every} given, 1 or more accepted")
 
     @property
     def label(self) -> str:
-        return f"ema_{self.beta:.10g}"
+        return f"ema_{self.beta:.10g}" + (f"_every{self.every}" if self.every > 1 else "")
 
     def __call__(self, now: Progress) -> float:
-        return self.beta
+        return 1.0 if now.step % self.every else self.beta**self.every
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import torch
 from fastflow.annotations import kinds
 from fastflow.callback import Callback
 from fastflow.config import Lazy
+from fastflow.data.augment import Augment
 from fastflow.data.dataset import Dataset
 from fastflow.errors import ConfigError
 from fastflow.evaluation.spec import Evaluation, Expected
@@ -32,16 +33,38 @@ class Parallel(Part):
             processes is full sharding, a divisor between them is hybrid.
         micro_batch: most samples a process computes at once; None takes its share in one go.
         checkpoint: recompute the activations of each block in the backward pass.
+        compile: torch.compile each block of the student and its companions. The first steps take
+            minutes; forward-mode differentiation runs uncompiled.
     """
 
     shard: int = 1
     micro_batch: int | None = None
     checkpoint: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(1, self.shard, "parallel.shard")
         _at_least(1, self.micro_batch, "parallel.micro_batch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prerequisite(Part):
+    """Another run whose weights an experiment starts from: a teacher, an earlier stage.
+
+    `init_from` or a frozen companion names the same run directory; where neither does (say, since
+    an override names other weights) the run is not needed and not trained.
+
+    Attributes:
+        config: its configuration, a .py or a saved .yaml; a path from the working directory.
+        run_dir: its run directory; a path from the working directory, whatever the directory of
+            the run that needs it.
+        overrides: `key=value` texts for its configuration.
+    """
+
+    config: str
+    run_dir: str
+    overrides: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +76,8 @@ class Experiment(Part):
         method: the method with its hyperparameters.
         network: the student, `lazy(...)`.
         data: the dataset, `lazy(...)`.
+        augment: changes of the training images; their labels go to the network, which has as many
+            (`augment_dim`). None trains on the data as they are, also a network with such labels.
         optimizer: `lazy(torch.optim...)` with its peak learning rate.
         lr: factor on the learning rate as a function of progress.
         batch_size: samples per optimizer step over all processes.
@@ -65,6 +90,7 @@ class Experiment(Part):
         init_from: weights the student starts from: a run directory, a .safetensors file, an
             official .pkl or .pt file that a converter knows, or the https:// address of a file
             (with #sha256=HEX it is checked). None starts from random weights.
+        prerequisites: the runs that `fastflow train` trains first where they are not finished.
         evaluation: how the result is measured.
         expected: published results of this configuration.
         published: where this file departs from the recipe that gave those results: key (in
@@ -83,8 +109,10 @@ class Experiment(Part):
     lr: LearningRate = dataclasses.field(default_factory=ConstantLR)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     parallel: Parallel = dataclasses.field(default_factory=Parallel)
+    augment: Augment | None = None
     seed: int = 0
     init_from: str | None = None
+    prerequisites: tuple[Prerequisite, ...] = ()
     expected: tuple[Expected, ...] = ()
     published: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,21 @@ def one_sample(network: Network, device: torch.device) -> tuple[Tensor | None, .
     return arguments[: given + 1]  # a network need not name what it does not take
 
 
+@contextmanager
+def evaluating(network: Network) -> Iterator[None]:
+    """In evaluation mode, without gradients, and without compiled code, which counters do not see.
+
+    Whether the network was in training mode is restored.
+    """
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        network.train(was_training)
+
+
 def measure(network: Network, device: torch.device, kernels: torch.device) -> Cost:
     """Run one sample through a network and count.
 
@@ -72,16 +88,10 @@ def measure(network: Network, device: torch.device, kernels: torch.device) -> Co
     """
     inputs = one_sample(network, device)
     counter = FlopCounterMode(display=False, custom_mapping=_OF_CPU)
-    was_training = network.training
-    network.eval()
-    # The counter sees nothing of what runs compiled.
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            with counter, _Attention(kernels) as ordinary:
-                network(*inputs)
-            attention = _both(ordinary.text, lambda: network(*inputs), kernels)
-    finally:
-        network.train(was_training)
+    with evaluating(network):
+        with counter, _Attention(kernels) as ordinary:
+            network(*inputs)
+        attention = _both(ordinary.text, lambda: network(*inputs), kernels)
     root = f"{type(network).__name__}."
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     return Cost(

@@ -131,6 +131,26 @@ class Model:
             self.device,
         )
 
+    @torch.no_grad()
+    def jump(self, x: Tensor, t: float, s: float, cond: Tensor | None = None) -> Tensor:
+        """The flow map from time t to time s in one network call, without noise.
+
+        Args:
+            x: states [B, *shape] at time t of the method's path.
+            t: start.
+            s: end, s <= t; methods of one time jump to their `s_min` only.
+            cond: class rows [B, cond_dim]; None is unconditional.
+
+        Returns:
+            States at time s [B, *shape], float64.
+        """
+        start, end = (
+            torch.full((len(x),), v, dtype=torch.float64, device=self.device) for v in (t, s)
+        )
+        rows = None if cond is None else cond.to(self.device)
+        state = x.to(self.device, torch.float32)
+        return self.method.flow_map(self.network, state, start, end, rows).double()
+
 
 def _for_sampling(stored: Stored, student: Network) -> Network:
     """What the method samples with; companions come from beside the model or from their source."""

@@ -334,7 +334,7 @@ class VP(Path):
         """ln(nsr) at the left end, its slope and the left end of the grid interval around t."""
         knots = _log_nsr_table(self.alphas_cumprod, t.device)
         dtype = t.dtype if t.is_floating_point() else torch.float64
-        index = t.detach().floor().long().clamp(0, len(knots) - 2)
+        index = t.floor().long().clamp(0, len(knots) - 2)
         left, right = knots[index], knots[index + 1]
         return left.to(dtype), (right - left).to(dtype), index.to(dtype)
 

@@ -10,13 +10,14 @@ point group "fastflow.presets" of its pyproject.toml:
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from fastflow.config import Lazy, build
 from fastflow.entry_points import offered
-from fastflow.errors import ConfigError, one_of
+from fastflow.errors import ConfigError
 from fastflow.measure import measure
 from fastflow.network import Network
 from fastflow.tables import (
@@ -109,8 +110,13 @@ def chosen(presets: Sequence[Preset], names: Iterable[str]) -> list[Preset]:
         fitting = {p.name for p in presets if p.name == name}
         fitting = fitting or {p.name for p in presets if f"-{name}-" in f"-{p.name}-"}
         if not fitting:
-            known = {p.name for p in presets} | {w for p in presets for w in p.name.split("-")}
-            raise ConfigError(f"NAME: no network {name!r}; {one_of(name, known)}")
+            words = {w for p in presets for w in p.name.split("-") if len(w) > 2}
+            near = difflib.get_close_matches(name, {p.name for p in presets} | words, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(
+                f"NAME: no network {name!r}; {hint}accepted: a name, or a word of names: "
+                f"{', '.join(sorted(words))}"
+            )
         picked |= fitting
     return [p for p in presets if p.name in picked or not names]
 
@@ -160,8 +166,8 @@ _HEAD = (
 )
 _LEGEND = (
     "params/M: millions of parameters. GMACs: 1e9 multiply-accumulates of one forward pass of one",
-    "sample, in convolutions and matrix products. attention: the kernel here; after a slash the one",
-    "in forward-mode differentiation. units: blocks that are sharded, checkpointed, compiled.",
+    "sample, in convolutions and matrix products. attention: the kernel for float32 here; after a",
+    "slash that in forward-mode differentiation. units: blocks sharded, checkpointed, compiled.",
 )
 
 

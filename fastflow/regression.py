@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -41,10 +42,20 @@ class AdaptiveL2(Regression):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExponentialL2(Regression):
-    """||e||^2 sg(exp(c - rate ||e||^2)): FastGen's `exp` weight."""
+    """||e||^2 sg(exp(c - rate ||e||^2)): FastGen's `exp` weight.
+
+    Its gradient dies out for large errors; the others' stays or falls by a power.
+    """
 
     rate: float = 0.01
     c: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.rate < math.inf:
+            raise ConfigError(
+                f"ExponentialL2.rate: {self.rate} given, accepted: a finite number, 0 or more"
+            )
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         error = _squared(prediction, target)

@@ -44,6 +44,14 @@ def _finish(state: hashlib.blake2b) -> int:
     return int.from_bytes(state.digest(), "little") >> 1
 
 
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """Values on the CPU to `device`, without waiting for it."""
+    # From pinned memory, or the copy to an accelerator would wait for it.
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Draws:
     """Random numbers of one training step: row i depends on (seed, step, indices[i], name) only.
@@ -81,10 +89,7 @@ class Draws:
 
     def move(self, values: Tensor) -> Tensor:
         """Values on the CPU to `device`, without waiting for it."""
-        # From pinned memory, or the copy to an accelerator would wait for it.
-        if torch.device(self.device).type == "cuda":
-            values = values.pin_memory()
-        return values.to(self.device, non_blocking=True)
+        return to_device(values, self.device)
 
     def normal(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers [B, *shape]."""

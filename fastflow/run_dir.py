@@ -42,45 +42,74 @@ WEIGHTS = "weights"
 MODEL = "model.yaml"
 STUDENT = "student"
 COMPANION = "companion_"  # begins the file names of those that sampling needs
+ELSEWHERE = "choose another directory with --run-dir"
 _LOGVAR_HEAD = "logvar_head."  # what `fastflow.wrappers` call it
 
 
-def check(run_dir: Path, experiment: Experiment) -> None:
+def check(run_dir: Path, experiment: Experiment, elsewhere: str = ELSEWHERE) -> None:
     """Make sure that a directory is free, or holds a run of this experiment; nothing is written.
 
-    What does not change the weights may differ: observers, evaluation, expected results and how
-    the batch is divided.
+    What does not change the weights may differ: observers, evaluation, expected results, how the
+    batch is divided, and how the runs that initial weights come from are trained.
+
+    Args:
+        run_dir: the directory.
+        experiment: what is to be trained there.
+        elsewhere: how another directory is chosen, for errors.
 
     Raises:
         ConfigError: it holds something else, and the text lists what differs; or it cannot be
             used.
         CheckpointError: it holds trained weights, but nothing to continue from.
     """
+    require_own(run_dir, experiment, elsewhere)
+    if checkpoint.latest(run_dir) is None and (run_dir / WEIGHTS / MODEL).exists():
+        raise CheckpointError(
+            f"{run_dir} holds trained weights but no checkpoint to continue from; {elsewhere}, or "
+            f"remove this one to train again"
+        )
+
+
+def require_own(run_dir: Path, experiment: Experiment, elsewhere: str = ELSEWHERE) -> None:
+    """The first half of `check`: whose the directory is, whether or not a run can continue.
+
+    Raises:
+        ConfigError: as there.
+    """
     stored = run_dir / EXPERIMENT
     try:
         if not stored.exists():
             if run_dir.exists() and any(run_dir.iterdir()):
-                raise ConfigError(
-                    f"{run_dir} is not empty and holds no run; choose another directory with "
-                    f"--run-dir"
-                )
+                raise ConfigError(f"{run_dir} is not empty and holds no run; {elsewhere}")
             return
         before = load_yaml(stored, allow=packages_of(experiment))
     except OSError as error:
-        raise _unusable(run_dir, error) from error
+        raise _unusable(run_dir, error, elsewhere) from error
     if not isinstance(before, Experiment):
-        raise ConfigError(f"{stored} describes no experiment; choose another directory")
-    changes = diff(_essence(before), _essence(experiment))
+        raise ConfigError(f"{stored} describes no experiment; {elsewhere}")
+    changes = differences(before, experiment)
     if changes:
         raise ConfigError(
-            f"{run_dir} holds a run of another configuration ({'; '.join(changes)}); choose "
-            f"another directory with --run-dir, or remove this one"
+            f"{run_dir} holds a run of another configuration ({'; '.join(changes)}); {elsewhere}, "
+            f"or remove this one"
         )
-    if checkpoint.latest(run_dir) is None and (run_dir / WEIGHTS / MODEL).exists():
-        raise CheckpointError(
-            f"{run_dir} holds trained weights but no checkpoint to continue from; choose another "
-            f"directory with --run-dir, or remove this one to train again"
-        )
+
+
+def differences(a: Experiment, b: Experiment) -> list[str]:
+    """What two experiments differ in that changes the weights, as lines `key: old -> new`."""
+    return diff(_essence(a), _essence(b))
+
+
+def steps_done(run_dir: Path, allow: tuple[str, ...] = ()) -> int:
+    """How far a run has come: the step of its newest checkpoint or exported weights, or 0.
+
+    Raises:
+        CheckpointError: what is there cannot be read.
+    """
+    newest = checkpoint.latest(run_dir)
+    saved: int = 0 if newest is None else checkpoint.read_meta(newest)["step"]
+    exported = run_dir / WEIGHTS
+    return max(saved, _exported(exported, allow).step) if (exported / MODEL).exists() else saved
 
 
 def claim(run_dir: Path, experiment: Experiment) -> None:
@@ -96,10 +125,8 @@ def claim(run_dir: Path, experiment: Experiment) -> None:
         raise _unusable(run_dir, error) from error
 
 
-def _unusable(run_dir: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"run directory {run_dir} cannot be used: {error.strerror}; choose another with --run-dir"
-    )
+def _unusable(run_dir: Path, error: OSError, elsewhere: str = ELSEWHERE) -> ConfigError:
+    return ConfigError(f"run directory {run_dir} cannot be used: {error.strerror}; {elsewhere}")
 
 
 def _essence(experiment: Experiment) -> Experiment:
@@ -108,6 +135,7 @@ def _essence(experiment: Experiment) -> Experiment:
         experiment,
         callbacks=drivers,
         parallel=Parallel(),
+        prerequisites=(),
         expected=(),
         published={},
         evaluation=Evaluation(metrics=()),

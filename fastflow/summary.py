@@ -64,8 +64,7 @@ def end(trainer: Trainer) -> str:
     """Where things lie now, and what to do next."""
     state = trainer.state
     if state.step < trainer.experiment.steps:
-        done = f"stopped by {state.stop} after step {state.step:,} of {trainer.experiment.steps:,}"
-        return f"{done}, which is saved; the same command goes on from there"
+        return stopped(trainer)
     run_dir = state.run_dir
     own = "".join(f" --allow {package}" for package in own_packages_of(trainer.experiment))
     return (
@@ -74,6 +73,13 @@ def end(trainer: Trainer) -> str:
         f"  fastflow sample {shlex.quote(str(run_dir))}{own}\n"
         f"  fastflow compare {shlex.quote(str(run_dir.parent))}"
     )
+
+
+def stopped(trainer: Trainer) -> str:
+    """What a run that was asked to stop says last."""
+    state = trainer.state
+    done = f"stopped by {state.stop} after step {state.step:,} of {trainer.experiment.steps:,}"
+    return f"{done}, which is saved; the same command goes on from there"
 
 
 def expectations(experiment: Experiment) -> str:

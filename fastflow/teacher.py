@@ -12,8 +12,8 @@ from fastflow.errors import ConfigError
 from fastflow.method import Companion, Frozen, Networks
 from fastflow.network import Network
 from fastflow.parts import Part
-from fastflow.path import VE, Linear, Path, TrigFlow
-from fastflow.sampling import Denoiser, guided
+from fastflow.path import VE, Linear, Path, TrigFlow, expand
+from fastflow.sampling import Denoiser
 
 TEACHER, GUIDE = "teacher", "guide"
 
@@ -32,11 +32,14 @@ class Teacher(Part):
         source: the model: a denoiser, a velocity or a TrigFlow network of one time.
         guidance: w.
         guide: the weaker model; None for classifier-free guidance.
+        interval: times of the method's path between which guidance acts (arXiv 2404.07724); None
+            for all.
     """
 
     source: Frozen
     guidance: float = 1.0
     guide: Frozen | None = None
+    interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +47,11 @@ class Teacher(Part):
             raise ConfigError(
                 "Teacher.guide: given with guidance 1, which never asks it; leave it out, or set "
                 "guidance, e.g. 2.0"
+            )
+        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
+            raise ConfigError(
+                f"Teacher.interval: {self.interval} given, accepted: two times, 0 or more, the "
+                f"smaller one first"
             )
 
     def companions(self) -> dict[str, Companion]:
@@ -81,15 +89,20 @@ class Teacher(Part):
             cond: class rows [B, cond_dim], or None.
         """
         source = denoised_by(nets[TEACHER], path)
-        if self.guide is None or self.guidance == 1:
-            null = None if cond is None else torch.zeros_like(cond)
-            return torch.no_grad()(guided(source, self.guidance, cond, null))
-        guide = denoised_by(nets[GUIDE], path)
+        if self.guidance == 1:
+            return torch.no_grad()(lambda x, t: source(x, t, cond))
+        guide, rows = source, None if cond is None else torch.zeros_like(cond)
+        if self.guide is not None:
+            guide, rows = denoised_by(nets[GUIDE], path), cond
 
         @torch.no_grad()
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            weak = guide(x, t, cond)
-            return weak + self.guidance * (source(x, t, cond) - weak)
+            weak, strong = guide(x, t, rows), source(x, t, cond)
+            out = weak + self.guidance * (strong - weak)
+            if self.interval is None:
+                return out
+            acts = (t >= self.interval[0]) & (t <= self.interval[1])
+            return torch.where(expand(acts, x), out, strong)
 
         return denoise
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from fastflow.errors import ConfigError
 from fastflow.parts import Part
 from fastflow.rng import Draws
+from fastflow.rows import ExactShare, RowChoice
 
 
 class TimeLaw(Part, abc.ABC):
@@ -244,17 +245,19 @@ class PairLaw(Part):
 
     Attributes:
         times: law of t.
+        equal: share of the rows with r = t, where the loss is that of flow matching.
         ends: law of r; None for the same as of t.
         order: "sort" makes t the larger of the two draws (the paper and FastGen), "clip" keeps t
             and lowers r to it (py-meanflow's "v1").
-        equal: share of the rows of the global batch with r = t, where the loss is that of flow
-            matching; exact, in rows chosen at random.
+        rows: which rows have r = t: exactly the share, chosen at random. py-meanflow has
+            `EachRow`, the JAX code `FirstRows` and FastGen `FirstRows(count="binomial")`.
     """
 
     times: TimeLaw
     equal: float
     ends: TimeLaw | None = None
     order: Literal["sort", "clip"] = "sort"
+    rows: RowChoice = field(default_factory=ExactShare)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -265,10 +268,10 @@ class PairLaw(Part):
         """Times t and r of each row, float64 [B]."""
         t = self.times(draws)
         r = (self.ends or self.times)(draws, "r")
+        low, high = torch.minimum(t, r), torch.maximum(t, r)
         if self.order == "sort":
-            t, r = torch.maximum(t, r), torch.minimum(t, r)
-        r = torch.where(draws.share("equal", self.equal), t, torch.minimum(t, r))
-        return t, r
+            t = high
+        return t, torch.where(self.rows(draws, "equal", self.equal), t, low)
 
 
 def karras_grid(

@@ -104,6 +104,7 @@ class Trainer:
                 observer.on_end(state)
             if state.step == self.experiment.steps:
                 run_directory.export(state)
+            self._agree_on_stop()  # so that all go on to another run, or none
         return state
 
     def save(self) -> Path:

@@ -71,7 +71,10 @@ class _Wrapped(Network):
         c_second = None if s is None else self._embedded(self.c_second(t, s), x)
         scale = None if guidance is None else self._embedded(guidance, x)
         out: Tensor = self.model(x, c_noise, cond, augment, c_second, scale)
-        return out[:, : self.sample_shape[0]].to(x.dtype)
+        channels = self.sample_shape[0]
+        if out.shape[1] != channels:
+            out = out[:, :channels].clone()  # FSDP2 wants no views from a forward pass
+        return out.to(x.dtype)
 
     def logvar(self, t: Tensor) -> Tensor:
         if self.logvar_head is None:

@@ -58,13 +58,14 @@ class Truncated(Network):
         guidance: Tensor | None = None,
     ) -> Tensor:
         """The denoised state; see `Network.forward`."""
-        above = t >= self.transition
+        args, above = (x, t, s, cond, augment, guidance), t >= self.transition
         if bool(above.all()):
-            return self.above(x, t, s, cond, augment, guidance)
-        if not bool(above.any()):
-            return self.below(x, t, s, cond, augment, guidance)
-        first = self.above(x, t, s, cond, augment, guidance)
-        return torch.where(expand(above, x), first, self.below(x, t, s, cond, augment, guidance))
+            out: Tensor = self.above(*args)
+        elif not bool(above.any()):
+            out = self.below(*args)
+        else:
+            out = torch.where(expand(above, x), self.above(*args), self.below(*args))
+        return out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,8 @@ class TCM(ConsistencyModel):
     def loss(self, nets: Networks, batch: Batch, now: Progress) -> Loss:
         draws, host = batch.draws, batch.draws.on_cpu()
         boundary = host.share("boundary", self.boundary_share)
-        t = torch.where(boundary, self.transition + 1e-8, self.times(host))
+        # masked_fill, for torch.where would round the number to float32.
+        t = self.times(host).masked_fill(boundary, self.transition + 1e-8)
         t, r = RatioPairing(times=self.times, gap=self.gap).at(t, now)
         pair = TimePair(t=draws.move(t), r=draws.move(r))
         x_t, eps = noised(batch, pair.t)
@@ -142,7 +144,7 @@ class TCM(ConsistencyModel):
 
         count = draws.rows_in(self.boundary_share)
         inner, edge = 1 / (draws.total - count), self.boundary_weight / max(count, 1)
-        share = draws.move(torch.where(boundary, edge, inner) * draws.total)
+        share = draws.total * draws.move(torch.full_like(t, inner).masked_fill(boundary, edge))
         return dataclasses.replace(
             loss, per_sample=loss.per_sample * share.to(loss.per_sample.dtype)
         )

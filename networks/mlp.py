@@ -16,7 +16,7 @@ from networks.layers import (
 )
 
 _FEATURES = 16
-_LOWEST, _HIGHEST = 0.25, 4.0  # radians per unit of c_noise, which spans about [-1.6, 1.1]
+_LOWEST, _HIGHEST = 0.25, 4.0  # radians per unit of time; EDM's spans about [-1.6, 1.1]
 
 
 class MLPBlock(nn.Module):
@@ -38,7 +38,8 @@ class ToyMLP(RawNetwork):
     """Raw network F(x, c_noise, cond) on vectors [B, data_dim]; its initial output is zero.
 
     Times enter by sines and cosines of low frequency only: the map to be learnt is smooth in
-    c_noise, and high frequencies would amplify its derivative.
+    c_noise, and high frequencies would amplify its derivative. They suit times that span about 3:
+    EDM's c_noise, or t in [0, 1] by `VelocityNetwork(..., time_scale=2.0)`.
 
     Args:
         data_dim: length of one sample.

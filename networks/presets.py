@@ -10,6 +10,7 @@ them beside their published sizes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from fastflow.config import Lazy, lazy
@@ -123,12 +124,18 @@ EDM2_LATENT_XL: Lazy = _latent(EDM2_XL)
 EDM2_LATENT_XXL: Lazy = _latent(EDM2_XXL)
 
 
-def _edm2_presets(size: str, images: Lazy, latents: Lazy, parameters: float, gmacs: float) -> Any:
-    source = "arXiv 2312.02696, table 6"
-    note = "its cost has element-wise operations too"
-    shared = {"parameters": parameters, "gmacs": gmacs, "source": source, "note": note}
-    yield Preset(name=f"edm2-imagenet64-{size}", network=images, **shared)
-    yield Preset(name=f"edm2-imagenet512-{size}", network=latents, **shared)
+def _edm2_presets(
+    size: str, images: Lazy, latents: Lazy, parameters: float, gmacs: float
+) -> Iterator[Preset]:
+    for data, network in (("imagenet64", images), ("imagenet512", latents)):
+        yield Preset(
+            name=f"edm2-{data}-{size}",
+            network=network,
+            parameters=parameters,
+            gmacs=gmacs,
+            source="arXiv 2312.02696, table 6",
+            note="for 512 x 512; its cost has element-wise operations too",
+        )
 
 
 _EDM2_PRESETS = (
@@ -202,7 +209,9 @@ MEANFLOW_CIFAR10: Lazy = lazy(
 """Without preconditioning, of two times; six augmentation labels (arXiv 2505.13447, appendix A)."""
 
 
-def _transformers(family: str, source: str, note: str, *rows: Any) -> Any:
+def _transformers(
+    family: str, source: str, *rows: tuple[str, Lazy, float, float | None]
+) -> Iterator[Preset]:
     for name, network, parameters, gmacs in rows:
         yield Preset(
             name=f"{family}-{name}",
@@ -210,14 +219,12 @@ def _transformers(family: str, source: str, note: str, *rows: Any) -> Any:
             parameters=parameters,
             gmacs=gmacs,
             source=source,
-            note=note,
         )
 
 
 _DIT_PRESETS = _transformers(
     "dit",
     "arXiv 2212.09748, table 4",
-    "",
     ("s-2", DIT_S_2, 33, 6.06),
     ("s-4", DIT_S_4, 33, 1.41),
     ("s-8", DIT_S_8, 33, 0.36),
@@ -234,7 +241,6 @@ _DIT_PRESETS = _transformers(
 _SIT_PRESETS = _transformers(
     "sit",
     "arXiv 2401.08740, table 1",
-    "",
     ("s-2", SIT_S_2, 33, None),
     ("b-2", SIT_B_2, 130, None),
     ("l-2", SIT_L_2, 458, None),
@@ -243,7 +249,6 @@ _SIT_PRESETS = _transformers(
 _MEANFLOW_PRESETS = _transformers(
     "meanflow",
     "arXiv 2505.13447, table 4",
-    "",
     ("b-4", MEANFLOW_B_4, 131, 5.6),
     ("b-2", MEANFLOW_B_2, 131, 23.1),
     ("m-2", MEANFLOW_M_2, 308, 54.0),

@@ -85,13 +85,14 @@ def stored_batch(
     x: Tensor, eps: Tensor, levels: Tensor | None = None, cond: Tensor | None = None
 ) -> Batch:
     """A batch whose draws are given."""
-    draws = StoredDraws(seed=0, step=0, indices=tuple(range(len(x))), eps=eps, levels=levels)
+    rows = tuple(range(len(x)))
+    draws = StoredDraws(seed=0, step=0, indices=rows, total=len(x), eps=eps, levels=levels)
     return Batch(x=x, cond=cond, augment=None, draws=draws)
 
 
 def random_batch(x: Tensor, seed: int = 0, step: int = 0, cond: Tensor | None = None) -> Batch:
     """A batch as the loader makes it: draws by seed, step and index."""
-    draws = Draws(seed=seed, step=step, indices=tuple(range(len(x))))
+    draws = Draws(seed=seed, step=step, indices=tuple(range(len(x))), total=len(x))
     return Batch(x=x, cond=cond, augment=None, draws=draws)
 
 
@@ -109,7 +110,7 @@ class Recording(Network):
         self.net = net
         self.calls: list[dict[str, Any]] = []
 
-    def forward(self, x, t, s=None, cond=None, augment=None):
+    def forward(self, x, t, s=None, cond=None, augment=None, guidance=None):
         out = self.net(x, t, cond=cond, augment=augment)
         self.calls.append({"x": x, "t": t, "cond": cond, "out": out})
         return out
@@ -122,7 +123,7 @@ class DenoiserOf(Network):
         super().__init__()
         self.function = function
 
-    def forward(self, x, t, s=None, cond=None, augment=None):
+    def forward(self, x, t, s=None, cond=None, augment=None, guidance=None):
         return self.function(x, t)
 
 
@@ -135,7 +136,7 @@ class ConsistencyOf(DenoiserOf):
         super().__init__(function)
         self.s_min, self.sigma_data = s_min, sigma_data
 
-    def forward(self, x, t, s=None, cond=None, augment=None):
+    def forward(self, x, t, s=None, cond=None, augment=None, guidance=None):
         f = self.function(x, t)
         if self.s_min == 0:
             return f
@@ -224,5 +225,5 @@ class GaussianTeacher(Network):
 
     sample_shape = (2,)
 
-    def forward(self, x, t, s=None, cond=None, augment=None):
+    def forward(self, x, t, s=None, cond=None, augment=None, guidance=None):
         return Gaussian.isotropic(0.5, mean=0.2).denoiser(x, t).to(x.dtype)

@@ -72,6 +72,10 @@ class Model:
     def nfe(self, steps: int) -> int:
         return steps
 
+    def jump(self, x, t, s, cond=None) -> Tensor:
+        start, end = (torch.full((len(x),), v, dtype=torch.float64) for v in (t, s))
+        return self.method.flow_map(Network(), x, start, end, cond)
+
     def sample(self, seeds, steps=1, times=None, cond=None) -> Tensor:
         self.asked += seeds
         x = generate(

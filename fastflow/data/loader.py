@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from fastflow.data.augment import Augment
 from fastflow.data.batch import Batch
 from fastflow.data.dataset import Dataset
 from fastflow.distributed import World
@@ -32,6 +33,7 @@ class Loader:
         world: this process.
         cond_dim: width of the one-hot class rows the network takes, 0 for no condition.
         workers: background processes for datasets that decode; 0 decodes in this process.
+        augment: changes the samples, after the dataset's own flip, and labels the changes.
 
     Raises:
         ConfigError: the batch cannot be divided, or the classes do not fit the network.
@@ -45,6 +47,7 @@ class Loader:
         world: World,
         cond_dim: int,
         workers: int = 2,
+        augment: Augment | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % world.size:
             raise ConfigError(
@@ -65,6 +68,7 @@ class Loader:
         self.world = world
         self.cond_dim = cond_dim
         self.workers = workers
+        self.augment = augment
         share = batch_size // world.size
         self._rows = torch.arange(world.rank * share, (world.rank + 1) * share)
         # A batch touches at most one epoch's end in the usual case, hence two.
@@ -102,21 +106,18 @@ class Loader:
 
     def _batch(self, step: int, x: Tensor, labels: Tensor | None) -> Batch:
         draws = Draws(self.seed, step, self._rows, self.world.device, total=self.batch_size)
-        x = self._move(x)
+        x = draws.move(x)
         if self.dataset.flip:
             mirrored = draws.uniform("flip", (1,) * (x.ndim - 1)) < 0.5
             x = torch.where(mirrored, x.flip(-1), x)
+        changes = None
+        if self.augment is not None:
+            x, changes = self.augment(x, draws)
         cond = None
         if self.cond_dim:
             assert labels is not None, "a dataset with classes returns labels"
-            cond = self._move(torch.eye(self.cond_dim)[labels])
-        return Batch(x=x, cond=cond, augment=None, draws=draws)
-
-    def _move(self, tensor: Tensor) -> Tensor:
-        # From pinned memory, or the copy to an accelerator would wait for it.
-        if self.world.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.world.device, non_blocking=True)
+            cond = draws.move(torch.eye(self.cond_dim)[labels])
+        return Batch(x=x, cond=cond, augment=changes, draws=draws)
 
 
 class _Fetch(torch.utils.data.Dataset[Samples | DataError]):

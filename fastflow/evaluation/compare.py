@@ -44,7 +44,7 @@ def comparison(folder: Path, configs: Path = CONFIGS) -> list[Line]:
     for experiment in experiments:
         groups = {k: rows for k, rows in found.items() if k[0] == experiment.name}
         for (_, run, _), rows in groups.items():
-            lines += _group(rows, run, experiment.expected)
+            lines += lines_of(rows, run, experiment.expected)
         if not groups:
             lines += [
                 _unmeasured(
@@ -57,7 +57,7 @@ def comparison(folder: Path, configs: Path = CONFIGS) -> list[Line]:
             ]
     for (name, run, _), rows in found.items():
         if name not in known:
-            lines += _group(rows, run, ())
+            lines += lines_of(rows, run, ())
     return lines
 
 
@@ -85,7 +85,10 @@ def _latest(folder: Path) -> dict[tuple[str, str, str], list[Result]]:
     }
 
 
-def _group(rows: Sequence[Result], run: str, expected: Sequence[Expected]) -> list[Line]:
+def lines_of(rows: Sequence[Result], run: str, expected: Sequence[Expected]) -> list[Line]:
+    """The lines of one run: its rows, and what is expected and was not measured."""
+    if not rows:
+        return []
     lines = [line for row in rows for line in _measured(row, run, expected)]
     first = rows[0]
     measured = {(row.metric, row.steps) for row in rows}

@@ -53,6 +53,9 @@ class Sampler(Protocol):
     ) -> Tensor:
         """Samples [n, *shape], float32, not clamped; `times` are the intermediate ones."""
 
+    def jump(self, x: Tensor, t: float, s: float, cond: Tensor | None = None) -> Tensor:
+        """The flow map from states [n, *shape] at time t to time s, float64."""
+
     def nfe(self, steps: int) -> int:
         """Network evaluations of a sampler of `steps` steps."""
 

@@ -6,15 +6,17 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from fastflow.data.toy import Toy
 from fastflow.errors import ConfigError
+from fastflow.evaluation.evaluate import class_labels
 from fastflow.evaluation.interface import Gauge, Meter, Reading, Samples, Setting, Source
 from fastflow.evaluation.reference import gather_rows
 from fastflow.evaluation.spec import Metric
 from fastflow.oracle import Gaussian, Mixture
 from fastflow.rng import SampleNoise, fold_in
-from fastflow.sampling import prior
+from fastflow.sampling import FlowMap, prior
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,13 +29,22 @@ class FlowMapError(Metric):
     Attributes:
         samples: samples of each block to compare, the first ones; the exact map takes seconds
             for a thousand points of a mixture.
+        jumps: pairs (t, s) of which single jumps are compared too, beside one-step samples:
+            "jump_error_0.5_0.1". They start from exact states, those the exact map reaches from
+            the noise of the evaluation's first seeds. For methods of two times.
     """
 
     samples: int = 1024
+    jumps: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_samples(self.samples, "FlowMapError")
+        for t, s in self.jumps:
+            if not 0 <= s < t:
+                raise ConfigError(
+                    f"FlowMapError.jumps: ({t:g}, {s:g}) given, accepted: (t, s) with 0 <= s < t"
+                )
 
     def prepare(self, setting: Setting) -> Gauge:
         if not isinstance(setting.dataset, Toy):
@@ -41,8 +52,21 @@ class FlowMapError(Metric):
                 f"FlowMapError: the flow map of {setting.dataset.name!r} is not known; accepted: "
                 f"the toy datasets of fastflow.data.toy"
             )
-        oracle = setting.dataset.oracle.on(setting.model.method.path)
-        return _FlowMapGauge(setting, oracle, min(self.samples, setting.evaluation.samples))
+        method = setting.model.method
+        if self.jumps and not method.two_times:
+            raise ConfigError(
+                f"FlowMapError.jumps: given for {type(method).__name__}, which jumps to s = "
+                f"{method.s_min:g} only; leave them out"
+            )
+        highest = max((t for t, _ in self.jumps), default=0.0)
+        if highest > method.path.t_max:
+            raise ConfigError(
+                f"FlowMapError.jumps: t = {highest:g} given, accepted: up to "
+                f"{method.path.t_max:g}, where the path ends"
+            )
+        oracle = setting.dataset.oracle.on(method.path)
+        count = min(self.samples, setting.evaluation.samples)
+        return _FlowMapGauge(setting, oracle, count, self.jumps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +74,7 @@ class _FlowMapGauge:
     setting: Setting
     oracle: Gaussian | Mixture
     samples: int
+    jumps: tuple[tuple[float, float], ...]
 
     @property
     def source(self) -> Source:
@@ -68,32 +93,61 @@ class _FlowMapGauge:
         def draw() -> Tensor:
             return noise.normal(model.shape).cpu()
 
-        def flow_map(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            if samples.labels is not None and isinstance(self.oracle, Mixture):
-                return self.oracle.conditional_flow_map(x, t, s, samples.labels)
-            return self.oracle.flow_map(x, t, s)
-
         x = prior(draw(), method.path, samples.times[0])
-        return method.sample(flow_map, x, samples.times, draw)
+        return method.sample(self.map_of(samples.labels), x, samples.times, draw)
+
+    def map_of(self, labels: Tensor | None) -> FlowMap:
+        """The exact map, of each row's class where there are labels."""
+        oracle = self.oracle
+        if labels is None or not isinstance(oracle, Mixture):
+            return oracle.flow_map
+        return lambda x, t, s: oracle.conditional_flow_map(x, t, s, labels)
+
+    def jump_errors(self) -> list[float]:
+        """The mean squared error of each of the jumps."""
+        model = self.setting.model
+        first = self.setting.evaluation.seed
+        seeds = range(first, first + self.samples)
+        labels = class_labels(seeds, model.cond_dim)
+        cond = None if labels is None else one_hot(labels, model.cond_dim).float()
+        exact = self.map_of(labels)
+        t_max = model.method.path.t_max
+        start = prior(SampleNoise(seeds).normal(model.shape), model.method.path, t_max)
+        errors = []
+        for t, s in self.jumps:
+            top, high, low = (torch.full((len(seeds),), v).double() for v in (t_max, t, s))
+            x = exact(start, top, high) if t < t_max else start
+            difference = model.jump(x, t, s, cond).cpu().double() - exact(x, high, low)
+            errors.append(difference.square().mean().item())
+        return errors
 
 
 class _FlowMapMeter:
     def __init__(self, gauge: _FlowMapGauge) -> None:
         self._gauge = gauge
-        self._squares = torch.zeros(2, dtype=torch.float64)  # sum of squares, number of values
+        # Sum of squares, number of values, number of values of one step.
+        self._sums = torch.zeros(3, dtype=torch.float64)
 
     def update(self, samples: Samples) -> None:
         kept = samples.first(self._gauge.samples)
         if len(kept.indices):
             difference = kept.x.cpu().double() - self._gauge.exact(kept)
-            self._squares += torch.tensor(
-                [difference.square().sum().item(), difference.numel()], dtype=torch.float64
+            count = difference.numel()
+            single = count if len(samples.times) == 1 else 0
+            self._sums += torch.tensor(
+                [difference.square().sum().item(), count, single], dtype=torch.float64
             )
 
     def readings(self) -> list[Reading]:
-        world = self._gauge.setting.world
-        total, count = world.sum(self._squares.to(world.device)).tolist()
-        return [Reading("flow_map_error", total / count, self._gauge.samples)]
+        gauge = self._gauge
+        world = gauge.setting.world
+        # Summed first: a process without samples does not know the number of steps.
+        total, count, single = world.sum(self._sums.to(world.device)).tolist()
+        found = [Reading("flow_map_error", total / count, gauge.samples)]
+        if single and gauge.jumps:
+            for (t, s), error in zip(gauge.jumps, gauge.jump_errors(), strict=True):
+                found.append(Reading(f"jump_error_{t:g}_{s:g}", error, gauge.samples))
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

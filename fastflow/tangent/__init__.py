@@ -9,7 +9,7 @@ regresses on a tangent (MeanFlow, sCM). How the tangent is taken is a part, the 
 |---|---|---|
 | `Pairs` | yes | networks of this project: one pass, the memory of an ordinary step |
 | `DualNumbers` | yes | any network that torch differentiates in forward mode: two passes |
-| `FunctionalJVP` | yes | the reference: one pass of `torch.func.jvp`, several times the memory |
+| `FunctionalJVP` | yes | the reference: one pass of `torch.func.jvp`, the most memory |
 | `FiniteDifference` | no | networks that nothing else takes, e.g. compiled ones |
 """
 

@@ -69,7 +69,7 @@ class Pair:
         if not _propagating.get():
             return function(*primals(args), **primals(kwargs))
         name = function.__name__
-        if name not in RULES or "out" in kwargs:
+        if name not in RULES or kwargs.get("out") is not None:
             refuse(f"no rule for {name}()")
         return RULES[name](function, args, kwargs)
 
@@ -82,9 +82,9 @@ class Pair:
             return functools.partial(_call, found, self)
         if name in ("shape", "dtype", "device", "ndim", "layout") or name.startswith("is_"):
             return getattr(self.primal, name)
-        if name == "mT":
-            return _call(torch.Tensor.transpose, self, -2, -1)
-        refuse(f"no rule for the attribute {name!r}")
+        if name != "mT":
+            refuse(f"no rule for the attribute {name!r}")
+        return _call(torch.Tensor.transpose, self, -2, -1)
 
     def __len__(self) -> int:
         return len(self.primal)
@@ -104,7 +104,7 @@ def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: _call(function, *args)
 
 
-for _name, _function in {
+_OPERATORS: dict[str, Any] = {
     "__neg__": torch.Tensor.neg,
     "__abs__": torch.Tensor.abs,
     "__add__": torch.Tensor.add,
@@ -125,7 +125,8 @@ for _name, _function in {
     "__ge__": torch.Tensor.ge,
     "__eq__": torch.Tensor.eq,
     "__ne__": torch.Tensor.ne,
-}.items():
+}
+for _name, _function in _OPERATORS.items():
     setattr(Pair, _name, _operator(_function))
 Pair.__hash__ = object.__hash__  # type: ignore[method-assign]
 
@@ -162,7 +163,7 @@ class _EinopsBackend(AbstractBackend):
         return torch.stack(tensors)
 
     def is_float_type(self, x: Any) -> bool:
-        return x.primal.is_floating_point()
+        return bool(x.primal.is_floating_point())
 
 
 def primals(value: Any) -> Any:

@@ -8,8 +8,9 @@ backward kernel makes of the tangent.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastflow.rng import PairedRNG
 from fastflow.tangent.pairs import RULES, Pair, Rule, holds_pair, primals, refuse
 
 _Function = Callable[..., Any]
@@ -77,7 +77,18 @@ def _constant(function: _Function, args: _Args, kwargs: _Kwargs) -> Any:
 
 
 @_rule(
-    *("neg", "positive", "clone", "contiguous", "to", "type", "float", "double", "half", "bfloat16"),
+    *(
+        "neg",
+        "positive",
+        "clone",
+        "contiguous",
+        "to",
+        "type",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+    ),
     *("cpu", "cuda", "reshape", "view", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze"),
     *("permute", "transpose", "swapaxes", "swapdims", "movedim", "t", "expand", "broadcast_to"),
     *("repeat", "repeat_interleave", "tile", "roll", "flip", "rot90", "chunk", "split", "unbind"),
@@ -186,7 +197,8 @@ def _product_tangent(function: _Function, args: _Args, kwargs: _Kwargs) -> Tenso
     ]
     if not terms:
         refuse(f"no rule for {function.__name__}() with operands given by name or in a list")
-    return functools.reduce(torch.add, terms)
+    total: Tensor = functools.reduce(torch.add, terms)
+    return total
 
 
 @_rule("div", "divide", "true_divide")
@@ -296,10 +308,14 @@ def _layer_norm(function: _Function, args: _Args, kwargs: _Kwargs) -> Pair:
 @_rule("scaled_dot_product_attention")
 def _attention(function: _Function, args: _Args, kwargs: _Kwargs) -> Pair:
     """o = P v, P = softmax(c q k^T): do = P dv + dP v; in parts of the queries to save memory."""
-    extra = [*args[3:], *(value for name, value in kwargs.items() if name != "scale")]
-    if any(extra_ is not None and extra_ is not False and extra_ != 0 for extra_ in extra):
+    mask, dropout = (
+        _named(args, kwargs, "attn_mask", 3, None),
+        _named(args, kwargs, "dropout_p", 4, 0),
+    )
+    others = _named(args, kwargs, "is_causal", 5, False) or kwargs.get("enable_gqa", False)
+    if mask is not None or dropout or others:
         refuse("no rule for scaled_dot_product_attention() with a mask, dropout or causality")
-    primal = function(*primals(args[:3]), **kwargs)
+    primal = function(*primals(args), **kwargs)
     with torch.no_grad():
         q, k, v = (value.to(primal.dtype) for value in primals(args[:3]))
         dq, dk, dv = (_tangent(value).to(primal.dtype) for value in args[:3])
@@ -321,13 +337,16 @@ def _dropout(function: _Function, args: _Args, kwargs: _Kwargs) -> Pair:
     x = _first(function, args, (args[1:], kwargs))
     if _named(args, kwargs, "inplace", 3, False):
         refuse("no rule for dropout() in place")
-    if not (_named(args, kwargs, "p", 1, 0.5) and _named(args, kwargs, "training", 2, True)):
+    p = _named(args, kwargs, "p", 1, 0.5)
+    if p == 0 or not _named(args, kwargs, "training", 2, True):
         return x
-    masks = PairedRNG.snapshot(x.primal.device)
-    primal = function(x.primal, *args[1:], **kwargs)
-    with torch.no_grad(), masks.replay():
-        # The strides of the primal decide which number falls on which element.
-        mask = function(torch.ones_like(x.primal), *args[1:], **kwargs)
+    if x.primal.is_cuda and p < 1:  # the kernel that dropout() runs there
+        primal, kept = torch.native_dropout(x.primal, p, True)
+        mask = kept / (1 - p)
+    else:  # what dropout() does elsewhere
+        mask = F.dropout(torch.ones_like(x.primal), p)
+        primal = x.primal * mask
+    with torch.no_grad():
         return _pair(primal, x.tangent * mask)
 
 
@@ -337,14 +356,24 @@ def _dropout(function: _Function, args: _Args, kwargs: _Kwargs) -> Pair:
 @_rule(
     *("abs", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh", "asinh"),
     *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal"),
-    *("square", "pow", "__rpow__", "__rdiv__", "hypot", "erf", "sigmoid", "logsigmoid", "softplus"),
+    *(
+        "square",
+        "pow",
+        "__rpow__",
+        "__rdiv__",
+        "hypot",
+        "erf",
+        "sigmoid",
+        "log_sigmoid",
+        "softplus",
+    ),
     *("relu", "leaky_relu", "elu", "mish", "log_softmax", "logsumexp", "clamp", "clip"),
     *("clamp_min", "clamp_max", "maximum", "minimum", "lerp", "addcdiv", "var", "std", "norm"),
     *("linalg_vector_norm", "prod", "amax", "amin", "rms_norm", "normalize"),
 )
 def _by_dual_numbers(function: _Function, args: _Args, kwargs: _Kwargs) -> Pair:
     primal = function(*primals(args), **primals(kwargs))
-    with torch.no_grad(), forward_ad.dual_level():
+    with dual_numbers():
         out = function(*_duals(args), **_duals(kwargs))
         tangent = forward_ad.unpack_dual(out).tangent
     if tangent is None:
@@ -352,9 +381,24 @@ def _by_dual_numbers(function: _Function, args: _Args, kwargs: _Kwargs) -> Pair:
     return _pair(primal, tangent)
 
 
+@contextlib.contextmanager
+def dual_numbers() -> Iterator[None]:
+    """A level of forward mode without graph. Inference mode has no forward mode and is left."""
+    with torch.inference_mode(False), torch.no_grad(), forward_ad.dual_level():
+        yield
+
+
+def dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    """A dual number, within `dual_numbers`."""
+    if primal.is_inference() or tangent.is_inference():
+        primal, tangent = primal.clone(), tangent.clone()
+    number: Tensor = forward_ad.make_dual(primal.detach(), tangent)
+    return number
+
+
 def _duals(value: Any) -> Any:
     if isinstance(value, Pair):
-        return forward_ad.make_dual(value.primal.detach(), value.tangent)
+        return dual(value.primal, value.tangent)
     if isinstance(value, list | tuple):
         return [_duals(item) for item in value]
     if isinstance(value, Mapping):

@@ -17,11 +17,14 @@ from callbacks.progress_bar import ProgressBar
 from callbacks.sample_grid import SampleGrid
 from fastflow.config import lazy, save_yaml
 from fastflow.errors import CheckpointError
-from fastflow.experiment import Parallel
+from fastflow.experiment import Parallel, Prerequisite
 from fastflow.logging import JsonLines
+from fastflow.method import Frozen
 from fastflow.model import Model
 from fastflow.trainer import Trainer
+from methods.tcm import TCM
 from tiny import (
+    MLP,
     OBSERVERS,
     assert_same,
     digits,
@@ -29,6 +32,7 @@ from tiny import (
     everything,
     toy,
     toy_with_target,
+    toy_with_teacher,
     train,
 )
 
@@ -123,6 +127,13 @@ def test_two_processes_train_as_one(tmp_path):
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+def two_stages(**changes):
+    """With pictures of the EMA, for which both networks sample."""
+    grid = lazy(SampleGrid, every=3, count=4, steps=(1, 2), weights="ema_0.9")
+    method = TCM(stage1=Frozen(weights=None, network=MLP))
+    return toy(method=method, callbacks=(*drivers(), *OBSERVERS, grid), **changes)
+
+
 CASES = {
     "replicate": (toy, Parallel(shard=1)),
     "shard": (toy, Parallel(shard=2)),
@@ -130,6 +141,8 @@ CASES = {
     "target": (toy_with_target, Parallel(shard=2)),
     "target, replicate": (toy_with_target, Parallel(shard=1)),
     "unet": (lambda **kw: digits(dropout=0.0, steps=3, **kw), Parallel(shard=2, checkpoint=True)),
+    # Pairs of rows, so that some have no row for one of the networks.
+    "two stages": (two_stages, Parallel(shard=2, micro_batch=2)),
 }
 
 
@@ -234,3 +247,18 @@ def test_mistakes_end_every_process(tmp_path):
         assert "__0_0.distcp was truncated or altered" in err
     with pytest.raises(CheckpointError):
         Trainer(toy(), tmp_path / "run")
+
+
+@pytest.mark.dist
+def test_all_processes_train_the_prerequisites_first(tmp_path):
+    teacher = toy(name="teacher")
+    save_yaml(teacher, tmp_path / "teacher.yaml")
+    source = Prerequisite(config=str(tmp_path / "teacher.yaml"), run_dir=str(tmp_path / "teacher"))
+    student = toy_with_teacher(tmp_path / "teacher", prerequisites=(source,))
+    ended = train_together(student, tmp_path / "student")
+    (_, out, _), (_, silent, _) = ended
+    assert out.count("first ") == 1
+    assert silent == ""
+    assert Model.load(tmp_path / "student").step == student.steps
+    train(teacher, tmp_path / "one")
+    assert_near(tmp_path / "teacher", tmp_path / "one")

@@ -20,6 +20,7 @@ from consistency_fakes import (
     small_unet,
     stored_batch,
 )
+from edm2_networks import edm2_denoiser
 from edm_networks import edm_denoiser, last_labels
 from fastflow.consistency import InverseCout, SnrPlus, Uniform
 from fastflow.data.batch import Batch
@@ -32,6 +33,7 @@ from fastflow.sampling import ddim, ode_euler, velocity_of
 from fastflow.times import LogNormal
 from fastflow.wrappers import EDMDenoiser
 from methods.edm import EDM
+from networks.edm2 import LogVariance
 from networks.mlp import ToyMLP
 from reference_data import reference
 
@@ -42,6 +44,10 @@ AT_TIMES = EDM(times=AsDrawn())
 def normal(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def edm2_classes(ref) -> Tensor | None:
+    return ref["class_labels"] if "class_labels" in ref else None  # noqa: SIM401, no get()
 
 
 # Recorded losses
@@ -82,6 +88,93 @@ def test_openai_training_losses(key, weight, suffix, dtype):
     OPENAI.check(f"{key}{suffix}", loss.per_sample)
     mean_error = OPENAI["edm.karras.xs_mse"].mean()
     torch.testing.assert_close(loss.metrics["mse"].float(), mean_error, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("case", ["edm2_net_cond", "edm2_net_uncond"])
+def test_edm2_loss(case):
+    """Per pixel L/exp(u) + u with the network's own u(t); the method takes the mean of a sample."""
+    ref, net = reference(case), edm2_denoiser(case)
+    levels = torch.special.ndtr(ref["edm2loss.rnd_normal"].flatten().double())
+    stored = stored_batch(ref["edm2loss.images"], ref["edm2loss.noise"], levels)
+    batch = dataclasses.replace(stored, cond=edm2_classes(ref))
+    method = EDM(times=LogNormal(mean=-0.4, std=1.0), weight=InverseCout(sigma_data=net.sigma_data))
+    with torch.no_grad():
+        loss = method.loss(Networks(net), batch, now())
+    expected = ref["edm2loss.per_pixel"].flatten(1).mean(1)
+    torch.testing.assert_close(loss.per_sample, expected, rtol=1e-4, atol=1e-5)
+    assert loss.per_sample.mean().item() == pytest.approx(ref.values["edm2loss.mean"], rel=1e-5)
+    u = net.logvar(loss.times.float())
+    torch.testing.assert_close(loss.metrics["logvar"], u.detach().mean())
+
+
+# The learned log-variance
+
+
+class Uncertain(Recording):
+    """A network with one free u for each of the given times."""
+
+    has_logvar = True
+
+    def __init__(self, net, times: Tensor) -> None:
+        super().__init__(net)
+        self.times = times
+        self.u = torch.nn.Parameter(torch.zeros(len(times), dtype=torch.float64))
+
+    def logvar(self, t):
+        return self.u[(self.times == t[:, None]).long().argmax(1)]
+
+
+def test_the_log_variance_enters_as_published():
+    """L exp(-u) + u: gradients of both parts by hand, and the plain loss at u = 0."""
+    times, x, eps = f64(0.1, 2.0), normal(2, 1, 8, 8).float(), normal(2, 1, 8, 8, seed=1).float()
+    plain, batch = small_unet(), stored_batch(x, eps, times)
+    net = Uncertain(plain, times)
+    reduced = AT_TIMES.loss(Networks(plain), batch, now())
+    assert torch.equal(AT_TIMES.loss(Networks(net), batch, now()).per_sample, reduced.per_sample)
+    assert "logvar" not in reduced.metrics
+    with torch.no_grad():
+        net.u.copy_(f64(-1.0, 0.7))
+    loss = AT_TIMES.loss(Networks(net), batch, now())
+    factor = torch.exp(-net.u.detach()).float()
+    expected = reduced.per_sample * factor + net.u.float()
+    torch.testing.assert_close(loss.per_sample, expected)
+    torch.testing.assert_close(loss.metrics["logvar"].double(), net.u.detach().mean())
+    torch.testing.assert_close(loss.metrics["mse"], reduced.metrics["mse"])
+    loss.per_sample.sum().backward()
+    slope = 1 - (reduced.per_sample * factor).double()
+    torch.testing.assert_close(net.u.grad, slope.detach(), rtol=1e-5, atol=1e-6)
+    found = [p.grad.clone() for p in plain.parameters()]
+    wanted = torch.autograd.grad((reduced.per_sample * factor).sum(), list(plain.parameters()))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_best_log_variance_is_that_of_the_mean_loss():
+    """exp(u(t)) = E[L] at every t, where the network's gradient has the same size at every t."""
+    std = 0.3
+    net = Uncertain(DenoiserOf(Gaussian.isotropic(std).denoiser), TIMES)
+    plain = population_losses(net.net, std)
+    optimum = plain.log()
+    with torch.no_grad():
+        net.u.copy_(optimum)
+    losses = population_losses(net, std)
+    (gradient,) = torch.autograd.grad(losses.sum(), net.u)
+    assert gradient.abs().max() < 1e-12
+    torch.testing.assert_close(losses.detach(), 1 + optimum, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        net.u.add_(0.1)
+    assert (population_losses(net, std) > losses).all()
+
+
+def test_the_head_is_trained_with_the_network():
+    """A head of EDM2 in a network of EDM, which starts at u = 0: the plain loss."""
+    head = LogVariance(channels=6)
+    net = EDMDenoiser(ToyMLP(data_dim=2, width=16, depth=1), logvar_head=head)
+    loss = EDM().loss(Networks(net), random_batch((0.5 * normal(6, 2)).float()), now())
+    assert loss.per_sample.dtype == torch.float32
+    loss.per_sample.mean().backward()
+    assert head.linear.weight.grad is not None
+    assert bool((head.linear.weight.grad != 0).any())
 
 
 # Closed forms

@@ -32,8 +32,8 @@ STEPS = 5
 
 def distillation(
     teacher: Teacher,
-    step: TeacherStep = Heun(),
-    **changes,  # noqa: B008, a value
+    step: TeacherStep = Heun(),  # noqa: B008, a value
+    **changes,
 ) -> Experiment:
     target = AdaptiveDecay(mu0=0.9, s0=2)
     method = CM(pairs=GridPairing(), teacher=teacher, step=step, target=target)

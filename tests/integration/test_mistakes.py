@@ -434,7 +434,7 @@ FILES = [
         "unknown",
         "x.yaml",
         "_target_: fastflow.experiment:Experiment\nstps: 1\n",
-        ("x.yaml: stps: Experiment takes no 'stps'; did you mean 'steps'? accepted: batch_size",),
+        ("x.yaml: stps: Experiment takes no 'stps'; did you mean 'steps'? accepted: augment,",),
     ),
 ]
 

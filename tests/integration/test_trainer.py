@@ -43,6 +43,7 @@ from fastflow.teacher import Teacher
 from fastflow.trainer import Trainer
 from fastflow.wrappers import EDMDenoiser
 from methods.cm import CM
+from methods.tcm import TCM
 from networks.layers import PositionalEmbedding
 from networks.mlp import ToyMLP
 from tiny import (
@@ -456,7 +457,7 @@ class Reads(TorchDispatchMode):
         return super().__exit__(*error)
 
 
-@pytest.mark.parametrize("method", ["ratio", "grid", "teacher", "micro"])
+@pytest.mark.parametrize("method", ["ratio", "grid", "teacher", "tcm", "micro"])
 def test_a_step_reads_nothing_back(method, tmp_path):
     """With guard, clipping, EMAs, log and buckets of the loss, while none of them is due.
 
@@ -474,6 +475,8 @@ def test_a_step_reads_nothing_back(method, tmp_path):
         experiment = toy_with_teacher(tmp_path / "teacher", **changes)
     elif method == "grid":
         experiment = toy_with_target(**changes)
+    elif method == "tcm":
+        experiment = toy(method=TCM(stage1=Frozen(weights=None, network=MLP)), **changes)
     else:
         micro = 4 if method == "micro" else None
         experiment = toy(parallel=Parallel(micro_batch=micro), **changes)

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from fastflow.data.augment import Augment, EDMAugment
 from fastflow.data.dataset import Dataset, Table
 from fastflow.data.loader import Loader
 from fastflow.distributed import World
@@ -20,9 +21,9 @@ def table(n=10, flip=False, num_classes=3):
     return Table("numbers", x, labels, num_classes, flip)
 
 
-def loader(dataset=None, batch_size=4, seed=0, rank=0, size=1, cond_dim=0, workers=2):
+def loader(dataset=None, batch_size=4, seed=0, rank=0, size=1, cond_dim=0, workers=2, augment=None):
     world = World(rank=rank, size=size)
-    return Loader(dataset or table(), batch_size, seed, world, cond_dim, workers)
+    return Loader(dataset or table(), batch_size, seed, world, cond_dim, workers, augment)
 
 
 def take(stream, count):
@@ -36,6 +37,7 @@ def numbers(batch):
 def same(a, b):
     assert torch.equal(a.x, b.x)
     assert (a.cond is None and b.cond is None) or torch.equal(a.cond, b.cond)
+    assert (a.augment is None and b.augment is None) or torch.equal(a.augment, b.augment)
     assert torch.equal(a.draws.uniform("any"), b.draws.uniform("any"))
 
 
@@ -112,6 +114,58 @@ def test_flips_follow_the_draws_and_mirror_left_to_right():
     assert torch.equal(flipped.x[~mirrored], plain.x[~mirrored])
     assert torch.equal(flipped.x[mirrored], plain.x[mirrored].flip(3))
     assert not torch.equal(plain.x, plain.x.flip(3))
+
+
+class AddRow(Augment):
+    """Adds 100 to the lower row of some images; the label is what was added."""
+
+    @property
+    def dim(self):
+        return 1
+
+    def __call__(self, x, draws):
+        labels = 100.0 * (draws.uniform("add", (1,)) < 0.5).float()
+        return x + labels[:, :, None, None] * torch.tensor([[0.0], [1.0]]), labels
+
+
+def test_augmentation_comes_after_the_flip_with_the_draws_of_the_batch():
+    dataset = table(flip=True)
+    before = dataset.fetch(torch.arange(10))[0].clone()
+    plain = next(loader(dataset, batch_size=64).batches(5))
+    augmented = next(loader(dataset, batch_size=64, augment=AddRow()).batches(5))
+    added = 100.0 * (plain.draws.uniform("add", (1,)) < 0.5).float()
+    assert torch.equal(augmented.augment, added)
+    assert 16 < int(added.any(1).sum()) < 48
+    assert torch.equal(augmented.x[:, :, 0], plain.x[:, :, 0])
+    assert torch.equal(augmented.x[:, :, 1], plain.x[:, :, 1] + added[:, :, None])
+    assert torch.equal(dataset.fetch(torch.arange(10))[0], before)
+
+
+EVERY = EDMAugment(
+    p=0.5, xflip=1.0, yflip=1.0, rotate_int=1.0, translate_int=1.0, translate_int_max=1.0,
+    scale=1.0, rotate_frac=1.0, aniso=1.0, translate_frac=1.0, brightness=1.0, contrast=1.0,
+)  # fmt: skip
+
+
+def test_augmentation_changes_nothing_about_division_and_resumption():
+    make = lambda **kw: loader(  # noqa: E731
+        table(flip=True), batch_size=12, cond_dim=3, augment=EVERY, **kw
+    )
+    whole = take(make().batches(), 4)
+    assert whole[0].augment.shape == (12, EVERY.dim)
+    for a, b in zip(whole[2:], take(make().batches(2), 2), strict=True):
+        same(a, b)
+    for size in (2, 4):
+        parts = [take(make(rank=r, size=size).batches(), 4) for r in range(size)]
+        for step, batch in enumerate(whole):
+            assert torch.equal(torch.cat([part[step].x for part in parts]), batch.x)
+            assert torch.equal(torch.cat([part[step].augment for part in parts]), batch.augment)
+
+
+def test_micro_batches_keep_their_labels():
+    batch = next(loader(batch_size=12, augment=EVERY).batches())
+    pieces = list(batch.split(5))
+    assert torch.equal(torch.cat([piece.augment for piece in pieces]), batch.augment)
 
 
 def test_conditions_are_one_hot_rows_of_the_labels():

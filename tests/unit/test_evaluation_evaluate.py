@@ -65,6 +65,66 @@ def test_conditional_models_meet_the_map_of_their_class():
     assert row.value < 1e-10
 
 
+JUMPS = FlowMapError(samples=50, jumps=((80.0, 1.0), (3.0, 0.0), (0.5, 0.1)))
+JUMP_NAMES = ["jump_error_80_1", "jump_error_3_0", "jump_error_0.5_0.1"]
+
+
+@pytest.mark.parametrize("error", [0.0, 0.5])
+def test_jumps_between_two_times_are_scored_beside_one_step(error):
+    evaluation = Evaluation(metrics=(JUMPS,), samples=60, steps=(1, 2))
+    rows = run(Model(TwoTimes(error=error)), evaluation)
+    found = {(r.metric, r.steps): r.value for r in rows}
+    assert [key for key in found if key[1] == 1] == [
+        (name, 1) for name in ("flow_map_error", *JUMP_NAMES)
+    ]
+    assert [key for key in found if key[1] == 2] == [("flow_map_error", 2)]
+    for name in JUMP_NAMES:
+        assert found[name, 1] == pytest.approx(error**2, abs=1e-9)
+
+
+def test_jumps_start_where_the_exact_map_leads_each_class():
+    data = GaussianMixture2D(modes=3, size=300)
+    starts = []
+
+    class Conditional(Model):
+        def sample(self, seeds, steps=1, times=None, cond=None):
+            return torch.zeros(len(seeds), 2)
+
+        def jump(self, x, t, s, cond=None):
+            starts.append((x, cond.argmax(1)))
+            times = (torch.full((len(x),), v, dtype=torch.float64) for v in (t, s))
+            return data.oracle.conditional_flow_map(x, *times, starts[-1][1])
+
+    jumps = ((1.0, 0.2), (0.0021, 0.0))
+    metric = FlowMapError(samples=400, jumps=jumps)
+    evaluation = Evaluation(metrics=(metric,), samples=400, steps=(1,), seed=5)
+    rows = run(Conditional(TwoTimes(), cond_dim=3), evaluation, data)
+    assert [row.value < 1e-10 for row in rows] == [False, True, True]
+    x, labels = starts[1]
+    assert torch.equal(labels, class_labels(range(5, 405), 3))
+    for k in range(3):
+        centre = x[labels == k].mean(0)
+        torch.testing.assert_close(centre, data.oracle.means[k], rtol=0, atol=0.05)
+
+
+def test_jumps_on_several_processes():
+    evaluation = Evaluation(metrics=(JUMPS,), samples=20, steps=(1,), batch_size=16)
+    model = Model(TwoTimes(error=0.5))
+    for rows in together(3, lambda world: evaluate(model, evaluation, DATA, world)):
+        assert [row.metric for row in rows] == ["flow_map_error", *JUMP_NAMES]
+        assert [row.value for row in rows] == pytest.approx([0.25] * 4, rel=1e-6)
+
+
+def test_jumps_that_cannot_be_scored_are_refused():
+    with pytest.raises(ConfigError, match="0 <= s < t"):
+        FlowMapError(jumps=((0.5, 0.5),))
+    with pytest.raises(ConfigError, match="leave them out"):
+        run(Model(GaussianMap()), Evaluation(metrics=(JUMPS,)))
+    beyond = FlowMapError(jumps=((81.0, 0.0),))
+    with pytest.raises(ConfigError, match="up to 80"):
+        run(Model(TwoTimes()), Evaluation(metrics=(beyond,)))
+
+
 def test_rows_tell_what_produced_them():
     evaluation = Evaluation(
         metrics=TOY, samples=60, steps=(2,), times={2: (5.0,)}, seed=7, blocks=3, batch_size=25

@@ -86,9 +86,65 @@ def test_uniform_never_reaches_its_ends(dtype, monkeypatch):
     assert Draws(0, 0, (0,)).uniform("u", dtype=dtype) < 1
 
 
+@pytest.mark.parametrize(("share", "rows"), [(0.0, 0), (0.25, 7), (0.29, 8), (0.99, 29), (1.0, 30)])
+def test_a_share_is_exact_in_every_step(share, rows):
+    for step in range(20):
+        draws = Draws(seed=3, step=step, indices=tuple(range(30)), total=30)
+        assert draws.rows_in(share) == rows == int(draws.share("edge", share).sum())
+
+
+def test_a_share_does_not_depend_on_how_the_batch_is_divided():
+    whole = Draws(1, 2, tuple(range(30)), total=30)
+    chosen = whole.share("edge", 0.3)
+    parts = [whole.select(slice(i, i + 7)).share("edge", 0.3) for i in range(0, 30, 7)]
+    assert torch.equal(torch.cat(parts), chosen)
+    order = torch.randperm(30)
+    shuffled = Draws(1, 2, order, total=30)
+    assert torch.equal(shuffled.share("edge", 0.3), chosen[order])
+    assert torch.equal(whole.share("edge", 0.3), chosen)
+    # A larger share of the same name contains it.
+    assert bool(whole.share("edge", 0.5)[chosen].all())
+
+
+def test_every_row_is_chosen_equally_often():
+    """Counts over 2000 steps, each Binomial(2000, 1/4), and of neighbours together."""
+    masks = torch.stack(
+        [Draws(0, step, tuple(range(16)), total=16).share("edge", 0.25) for step in range(2000)]
+    ).double()
+    assert ((masks.sum(0) - 500).abs() < 4.5 * (2000 * 0.25 * 0.75) ** 0.5).all()
+    together = (masks[:, 1:] * masks[:, :-1]).sum(0)
+    p = 0.25 * 3 / 15
+    assert ((together - 2000 * p).abs() < 4.5 * (2000 * p * (1 - p)) ** 0.5).all()
+
+
+@pytest.mark.parametrize("other", [Draws(1, 2, (0,)), Draws(2, 1, (0,))])
+def test_seed_step_and_name_of_a_share_matter(other):
+    rows = tuple(range(64))
+    here, there = Draws(1, 1, rows, total=64), Draws(other.seed, other.step, rows, total=64)
+    assert not torch.equal(here.share("edge", 0.5), there.share("edge", 0.5))
+    assert not torch.equal(here.share("edge", 0.5), here.share("equal", 0.5))
+
+
+def test_a_share_needs_the_size_of_the_global_batch():
+    with pytest.raises(ValueError, match="total: 0 given"):
+        Draws(0, 0, (0, 1)).share("edge", 0.5)
+    with pytest.raises(ValueError, match="total: 0 given"):
+        Draws(0, 0, (0, 1)).rows_in(0.5)
+
+
+def test_draws_on_the_cpu_are_the_same_numbers():
+    away = Draws(1, 2, (3, 4), device="meta", total=8)
+    here = away.on_cpu()
+    assert here.device == "cpu"
+    assert torch.equal(here.uniform("t"), Draws(1, 2, (3, 4)).uniform("t"))
+    assert torch.equal(here.share("edge", 0.5), Draws(1, 2, (3, 4), total=8).share("edge", 0.5))
+    assert away.move(torch.ones(2)).device.type == "meta"
+
+
 def test_draws_leave_the_global_stream_alone():
     before = torch.get_rng_state()
     all_draws(Draws(0, 0, (0, 1)))
+    Draws(0, 0, (0, 1), total=4).share("edge", 0.5)
     SampleNoise([1, 2]).normal((3,))
     assert torch.equal(before, torch.get_rng_state())
 
@@ -164,6 +220,7 @@ def test_times_are_equal_on_all_devices():
     assert there.uniform("t").is_cuda
     assert torch.equal(here.uniform("t"), there.uniform("t").cpu())
     assert torch.equal(here.integers("k", 99), there.integers("k", 99).cpu())
+    assert torch.equal(there.on_cpu().uniform("t"), here.uniform("t"))
     assert torch.equal(there.normal("n", (4,))[1], there.select(slice(1, 2)).normal("n", (4,))[0])
 
 

@@ -8,33 +8,19 @@ beside the FID between two halves of the real digits.
     fastflow train --config configs/experiments/Digits/config_cm_digits.py
 """
 
-from torch.optim import RAdam
-
-from callbacks.checkpoint import CheckpointCallback
 from callbacks.ct_schedule import CTScheduleCallback
-from callbacks.curves import Curves
-from callbacks.ema import EMACallback
-from callbacks.jsonl_log import JsonlLog
-from callbacks.loss_by_time import LossByTime
-from callbacks.nonfinite import NonFiniteGuard
-from callbacks.progress_bar import ProgressBar
-from callbacks.sample_grid import SampleGrid
+from configs.experiments.Digits.common import COMMON, SIGMA_TIMES, UNET, callbacks, evaluation
 from fastflow.config import lazy
 from fastflow.consistency import InverseGap, PseudoHuber, RatioPairing
-from fastflow.data.digits import Digits
-from fastflow.ema import PowerEMA
-from fastflow.evaluation.extractors import DigitFeatures
-from fastflow.evaluation.metrics import FID, RealHalves
-from fastflow.evaluation.spec import Evaluation
 from fastflow.experiment import Experiment
-from fastflow.schedules import CosineLR, RatioStages, SigmoidRatio
+from fastflow.schedules import RatioStages, SigmoidRatio
 from fastflow.times import LogNormal
 from fastflow.wrappers import EDMDenoiser
 from methods.cm import CM
-from networks.song_unet import SongUNet
 
 
 def experiment() -> Experiment:
+    schedule = RatioStages(q=4.0, kimg_per_stage=12.8, limit=0.9961)
     return Experiment(
         name="cm_digits",
         method=CM(
@@ -43,46 +29,8 @@ def experiment() -> Experiment:
             weight=InverseGap(),
             boundary=0.0,
         ),
-        network=lazy(
-            EDMDenoiser,
-            model=lazy(
-                SongUNet,
-                resolution=8,
-                in_channels=1,
-                out_channels=1,
-                cond_dim=10,
-                channels=32,
-                channel_mult=(1, 1),
-                num_blocks=1,
-                attn_resolutions=(),
-                dropout=0.0,
-            ),
-        ),
-        data=lazy(Digits),
-        optimizer=lazy(RAdam, lr=5e-3, betas=(0.9, 0.999)),
-        lr=CosineLR(),
-        batch_size=128,
-        steps=1400,
-        callbacks=(
-            lazy(
-                CTScheduleCallback,
-                schedule=RatioStages(q=4.0, kimg_per_stage=12.8, limit=0.9961),
-            ),
-            lazy(NonFiniteGuard),
-            lazy(EMACallback, law=PowerEMA(std=0.07)),
-            lazy(LossByTime),
-            lazy(ProgressBar),
-            lazy(JsonlLog, every=20),
-            lazy(SampleGrid, every=700),
-            lazy(CheckpointCallback, every=700),
-            lazy(Curves),
-        ),
-        evaluation=Evaluation(
-            metrics=(FID(extractor=DigitFeatures(), baseline=RealHalves()),),
-            samples=5000,
-            steps=(1, 2, 4),
-            times={2: (0.821,), 4: (5.3, 0.821, 0.2)},
-            batch_size=500,
-            quantisation="none",
-        ),
+        network=lazy(EDMDenoiser, model=UNET),
+        callbacks=callbacks(lazy(CTScheduleCallback, schedule=schedule)),
+        evaluation=evaluation(SIGMA_TIMES),
+        **COMMON,
     )
