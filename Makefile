@@ -10,8 +10,8 @@ CHECKED = fastflow methods networks callbacks configs tests benchmarks tools tra
 STAMP = $(VENV)/.fastflow-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-dist test-slow test-gpu lint format types bench bench-digits docs \
-    check clean
+.PHONY: help setup demo test test-dist test-slow test-gpu lint format types bench bench-digits bench-toy \
+    docs check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,7 +60,10 @@ bench: $(STAMP) ## step, sampling and evaluation time
 	$(VENV)/bin/python -m benchmarks
 
 bench-digits: $(STAMP) ## train and measure every method on the digits, against its stated bounds
-	$(VENV)/bin/python -m benchmarks.digits --jobs $(WORKERS)
+	$(VENV)/bin/python -m benchmarks.zoo configs/experiments/Digits --jobs $(WORKERS)
+
+bench-toy: $(STAMP) ## the same on points in the plane, where the true flow map is known
+	$(VENV)/bin/python -m benchmarks.zoo configs/experiments/Toy --jobs $(WORKERS)
 
 docs: $(STAMP) ## check that links, paths and imports in the documentation hold, and follow its how-tos
 	$(PYTEST) -q tests/architecture/test_docs.py

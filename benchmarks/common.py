@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from configs.experiments.Digits import config_cm_digits
 from configs.experiments.EDM import config_cm_cifar10
@@ -20,6 +21,8 @@ from fastflow.experiment import Experiment
 from fastflow.network import Network
 from fastflow.wrappers import EDMDenoiser
 from networks.song_unet import SongUNet
+
+CIFAR10 = "DDPM++ CIFAR-10"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ def subjects(full: bool) -> list[Subject]:
         Subject("digits", config_cm_digits.experiment(), 128),
         Subject("DDPM++ 16x16", dataclasses.replace(cifar10, network=middling), 16),
     ]
-    return [*found, Subject("DDPM++ CIFAR-10", cifar10, 4)] if full else found
+    return [*found, Subject(CIFAR10, cifar10, 4)] if full else found
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -111,14 +114,53 @@ def interleaved(
 
     Load from elsewhere then falls on all of them alike, and ratios of medians stay meaningful.
     """
+    for action in actions.values():
+        action()
+    return _in_turns(actions, options)
+
+
+def _in_turns(
+    actions: Mapping[str, Callable[[], object]], options: argparse.Namespace
+) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(options.repeats + 1):
+    for _ in range(options.repeats):
         for name, action in actions.items():
             began = now(options)
             action()
-            if turn > 0:
-                seconds[name].append(now(options) - began)
+            seconds[name].append(now(options) - began)
     return seconds
+
+
+COSTS = ("seconds", "ratio", "peak MiB", "ratio")
+
+
+def costs(
+    actions: Mapping[str, Callable[[], object]], options: argparse.Namespace
+) -> dict[str, tuple[str, ...]]:
+    """The cells `COSTS` of each action, its ratios being those to the first."""
+    base, device = next(iter(actions)), torch.device(options.device)
+    actions[base]()  # what this leaves, as an optimizer's state, is there in all the others
+    # Before the turns, as their warm-up: the process keeps memory that later ones free.
+    memory = {name: peak_memory(action, device) for name, action in actions.items()}
+    seconds = _in_turns(actions, options)
+    return {
+        name: (
+            f"{statistics.median(seconds[name]):.4f}",
+            f"{median_ratio(seconds[name], seconds[base]):.2f}",
+            f"{memory[name]:.0f}",
+            f"{memory[name] / memory[base]:.2f}",
+        )
+        for name in actions
+    }
+
+
+def a_batch(network: Network, size: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Images [B, C, H, W] in [-1, 1] and class rows [B, cond_dim], None without classes."""
+    x = torch.rand(size, *network.sample_shape, device=device) * 2 - 1
+    if not network.cond_dim:
+        return x, None
+    rows = torch.arange(size) % network.cond_dim
+    return x, torch.eye(network.cond_dim, device=device)[rows]
 
 
 def now(options: argparse.Namespace) -> float:

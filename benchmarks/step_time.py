@@ -1,55 +1,116 @@
-"""What a consistency-training step costs beside a plain denoising step of the same network.
+"""What a step of each method costs beside a plain denoising step of the same network.
 
-Both are whole optimizer steps with gradient clipping and an EMA. A denoising step is a forward
-and a backward pass; consistency training adds the target's forward pass without gradient, so
-that about 4/3 of the time at equal memory is the best that can be expected.
+All are whole optimizer steps with gradient clipping and an EMA, on the same weights. A denoising
+step is a forward and a backward pass, and a backward pass costs about two forward ones, so the best
+to be expected is 4/3 of its time with one forward pass more (a target; the tangents that `Pairs`
+carry along) and 5/3 with two (finite differences).
+
+The methods are those of the CIFAR-10 configurations, on every network. For CIFAR-10's, "at most"
+is what each should keep to, and "FastGen" what NVIDIA FastGen took, on two CPU cores by the wall
+clock in batches of 4, without clipping and EMA on either side.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable, Sequence
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.common import (
+    CIFAR10,
+    COSTS,
     Subject,
+    a_batch,
     autocast,
     chosen,
-    interleaved,
+    costs,
     machine,
-    median_ratio,
     network_parser,
     parsed,
-    peak_memory,
     print_table,
+)
+from configs.experiments.EDM import (
+    config_cm_cifar10,
+    config_ect_cifar10,
+    config_ict_cifar10,
+    config_mf_cifar10,
+    config_sct_cifar10,
+    config_tcm_cifar10,
 )
 from fastflow.config import build
 from fastflow.data.batch import Batch
 from fastflow.ema import EMA, ConstantEMA
-from fastflow.method import Networks
+from fastflow.method import FlowMapMethod, Networks
 from fastflow.network import Network
 from fastflow.path import expand
+from fastflow.path_difference import PathDifference
 from fastflow.progress import Progress
 from fastflow.rng import Draws
+from fastflow.time_difference import BoundedDifference
+from fastflow.wrappers import EDMDenoiser, TrigFlowNetwork, VelocityNetwork
+from networks.edm2 import LogVariance
+
+BASE = "denoising"
+REFERENCES = {
+    BASE: ("-", "1.00"),
+    "CM": ("1.40", "1.52"),
+    "iCT": ("1.40", "-"),
+    "ECT": ("1.40", "-"),
+    "sCM, exact": ("1.55", "2.37"),
+    "sCM, finite differences": ("-", "1.98"),
+    "MeanFlow, exact": ("1.55", "2.20"),
+    "MeanFlow, finite differences": ("-", "1.82"),
+    "TCM": ("1.60", "1.85"),
+}
+"""What to keep to, and what FastGen took, relative to a denoising step of CIFAR-10's network."""
+
+
+def methods() -> dict[str, FlowMapMethod]:
+    """The methods by the names of their rows; TCM, which needs a second network, is the last."""
+    sct = config_sct_cifar10.experiment().method
+    mf = config_mf_cifar10.experiment().method
+    return {
+        "CM": config_cm_cifar10.experiment().method,
+        "iCT": config_ict_cifar10.experiment().method,
+        "ECT": config_ect_cifar10.experiment().method,
+        "sCM, exact": sct,
+        "sCM, finite differences": dataclasses.replace(sct, engine=PathDifference()),
+        "MeanFlow, exact": mf,
+        "MeanFlow, finite differences": dataclasses.replace(
+            mf, engine=BoundedDifference(step=1e-4)
+        ),
+        "TCM": config_tcm_cifar10.experiment().method,
+    }
+
+
+def students(subject: Subject, device: torch.device) -> dict[str, Network]:
+    """One raw network as each method expects it, by `expects`; they share its weights."""
+    torch.manual_seed(0)
+    model = subject.experiment.network.model
+    with device:
+        raw, of_two_times = build(model), build(model.replace(two_times=True))
+        # With `assign` the parameters are the same ones, not copies.
+        of_two_times.load_state_dict(raw.state_dict(keep_vars=True), strict=False, assign=True)
+        return {
+            "denoiser": EDMDenoiser(raw),
+            "trigflow": TrigFlowNetwork(raw, time="log_sigma", logvar_head=LogVariance()),
+            "velocity": VelocityNetwork(of_two_times),
+        }
 
 
 def steps(
-    subject: Subject, options: argparse.Namespace, network: Network
+    subject: Subject, options: argparse.Namespace, nets: Mapping[str, Network]
 ) -> dict[str, Callable[[], None]]:
-    """A denoising step and a step of the subject's method, on one network and optimizer."""
-    device = torch.device(options.device)
-    method = subject.experiment.method
-    optimizer = build(subject.experiment.optimizer, params=list(network.parameters()))
-    ema = EMA(network, ConstantEMA(beta=0.999))
-    x = torch.rand(subject.batch, *network.sample_shape, device=device) * 2 - 1
-    cond = None
-    if network.cond_dim:
-        cond = torch.eye(network.cond_dim, device=device)[
-            torch.arange(subject.batch) % network.cond_dim
-        ]
+    """A denoising step and one of each method, on one set of weights with one optimizer."""
+    device, weights = torch.device(options.device), nn.ModuleDict(nets)
+    optimizer = build(subject.experiment.optimizer, params=list(weights.parameters()))
+    ema = EMA(weights, ConstantEMA(beta=0.999))
+    x, cond = a_batch(nets["denoiser"], subject.batch, device)
     now = Progress(
         step=0,
         images=0,
@@ -58,6 +119,10 @@ def steps(
         curriculum={"ratio": 0.9, "N": 18.0},
     )
     count = 0
+
+    @functools.cache
+    def frozen() -> Network:
+        return copy.deepcopy(nets["denoiser"]).requires_grad_(False)
 
     def batch() -> Batch:
         nonlocal count
@@ -70,15 +135,22 @@ def steps(
         with autocast(options):
             value = loss()
         value.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights.parameters(), 1.0)
         optimizer.step()
-        ema.update(network, now)
+        ema.update(weights, now)
+
+    def trained(method: FlowMapMethod) -> Tensor:
+        companions = {name: frozen() for name in method.companions()}
+        given = Networks(nets[method.expects], companions)
+        per_sample: Tensor = method.loss(given, batch(), now).per_sample
+        return per_sample.mean()
 
     return {
-        "denoising": lambda: step(lambda: denoising_loss(network, batch())),
-        type(method).__name__: lambda: step(
-            lambda: method.loss(Networks(network), batch(), now).per_sample.mean()
-        ),
+        BASE: lambda: step(lambda: denoising_loss(nets["denoiser"], batch())),
+        **{
+            name: functools.partial(step, functools.partial(trained, method))
+            for name, method in methods().items()
+        },
     }
 
 
@@ -94,26 +166,16 @@ def denoising_loss(network: Network, batch: Batch) -> Tensor:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parsed(network_parser(__doc__ or ""), argv)
     device = torch.device(options.device)
-    rows = [("network", "parameters", "batch", "step", "seconds", "ratio", "peak MiB", "ratio")]
+    rows: list[tuple[str, ...]] = [
+        ("network", "parameters", "batch", "step", *COSTS, "at most", "FastGen")
+    ]
     for subject in chosen(options):
-        network = subject.network(device)
-        actions = steps(subject, options, network)
-        seconds = interleaved(actions, options)
-        memory = {name: peak_memory(action, device) for name, action in actions.items()}
-        count = sum(p.numel() for p in network.parameters())
-        for name in actions:
-            rows.append(
-                (
-                    subject.name,
-                    f"{count / 1e6:.2f} M",
-                    str(subject.batch),
-                    name,
-                    f"{statistics.median(seconds[name]):.4f}",
-                    f"{median_ratio(seconds[name], seconds['denoising']):.2f}",
-                    f"{memory[name]:.0f}",
-                    f"{memory[name] / memory['denoising']:.2f}",
-                )
-            )
+        nets = students(subject, device)
+        count = sum(p.numel() for p in nets["denoiser"].parameters())
+        about = (subject.name, f"{count / 1e6:.2f} M", str(subject.batch))
+        for name, cells in costs(steps(subject, options, nets), options).items():
+            references = REFERENCES[name] if subject.name == CIFAR10 else ("-", "-")
+            rows.append((*about, name, *cells, *references))
     print_table(f"optimizer step, {options.precision}, {machine(options)}", rows)
 
 

@@ -8,22 +8,21 @@ and convolutions alone that is 4/3 of the time, with the memory of an ordinary s
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import (
+    COSTS,
     Subject,
+    a_batch,
     autocast,
     chosen,
-    interleaved,
+    costs,
     machine,
-    median_ratio,
     network_parser,
     parsed,
-    peak_memory,
     print_table,
 )
 from fastflow.network import Network
@@ -49,13 +48,9 @@ def steps(
 ) -> dict[str, Callable[[], None]]:
     """Forward and backward without a tangent, and with each engine's."""
     device = torch.device(options.device)
-    x = torch.randn(subject.batch, *network.sample_shape, device=device)
+    x, cond = a_batch(network, subject.batch, device)
     t = torch.rand(subject.batch, device=device) + 0.1
     dx = torch.randn_like(x)
-    cond = None
-    if network.cond_dim:
-        rows = torch.arange(subject.batch) % network.cond_dim
-        cond = torch.eye(network.cond_dim, device=device)[rows]
 
     def f(x: Tensor, t: Tensor) -> Tensor:
         out: Tensor = network(x, t, cond=cond)
@@ -80,27 +75,13 @@ def steps(
 def main(argv: Sequence[str] | None = None) -> None:
     options = parsed(network_parser(__doc__ or ""), argv)
     device = torch.device(options.device)
-    rows = [("network", "parameters", "batch", "tangent", "seconds", "ratio", "peak MiB", "ratio")]
+    rows: list[tuple[str, ...]] = [("network", "parameters", "batch", "tangent", *COSTS)]
     for subject in chosen(options):
         network = subject.network(device)
-        actions = steps(subject, options, network)
-        # First: the process keeps memory that the last engine frees.
-        memory = {name: peak_memory(action, device) for name, action in actions.items()}
-        seconds = interleaved(actions, options)
         count = sum(p.numel() for p in network.parameters())
-        for name in actions:
-            rows.append(
-                (
-                    subject.name,
-                    f"{count / 1e6:.2f} M",
-                    str(subject.batch),
-                    name,
-                    f"{statistics.median(seconds[name]):.4f}",
-                    f"{median_ratio(seconds[name], seconds['no tangent']):.2f}",
-                    f"{memory[name]:.0f}",
-                    f"{memory[name] / memory['no tangent']:.2f}",
-                )
-            )
+        about = (subject.name, f"{count / 1e6:.2f} M", str(subject.batch))
+        for name, cells in costs(steps(subject, options, network), options).items():
+            rows.append((*about, name, *cells))
     print_table(f"forward and backward, {options.precision}, {machine(options)}", rows)
 
 

@@ -161,10 +161,10 @@ def shard(
     if compile:
         _require_compiler(world.device)
     for unit in units:
-        if recompute:
-            unit.forward = functools.partial(torch_checkpoint, unit.forward, use_reentrant=False)
         if compile:
             unit.forward = _compiled(unit.forward)
+        if recompute:  # outside of compiled code, which would draw other dropout masks again
+            unit.forward = functools.partial(torch_checkpoint, unit.forward, use_reentrant=False)
     if world.size == 1:
         return
     distribute(network, world.device.type, world.size // size, size)

@@ -11,7 +11,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,12 +21,11 @@ from torch import Tensor
 from fastflow.data.dataset import Dataset, to_unit_range
 from fastflow.errors import DataError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _CHANNELS = {"L": 1, "RGB": 3}
 _LABELS = "dataset.json"
 _MAX_CLASSES = 1_000_000
 # What zipfile and Pillow raise on damaged files (a broken PNG is a SyntaxError to Pillow).
-_DAMAGED = (
+DAMAGED = (
     OSError,
     EOFError,
     SyntaxError,
@@ -51,14 +50,15 @@ class ImageZip(Dataset):
     """
 
     decodes = True
+    suffixes: ClassVar[tuple[str, ...]] = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
     def __init__(self, path: str, labels: bool = True, flip: bool = False) -> None:
         self.path = Path(path).expanduser()
         self._source = _ZipFiles(self.path) if self.path.is_file() else _FolderFiles(self.path)
         members = self._source.sizes()
-        self.members = tuple(sorted(m for m in members if m.lower().endswith(_SUFFIXES)))
+        self.members = tuple(sorted(m for m in members if m.lower().endswith(self.suffixes)))
         if not self.members:
-            raise DataError(f"{path}: no images found, accepted: {', '.join(_SUFFIXES)}")
+            raise DataError(f"{path}: no images found, accepted: {', '.join(self.suffixes)}")
         self.name = self.path.stem
         self.flip = flip
         self.shape = self._decode(self.members[0]).shape
@@ -99,7 +99,7 @@ class ImageZip(Dataset):
             digest.update(self._labels.numpy().data)
         return digest.hexdigest()
 
-    def _image(self, index: int) -> NDArray[np.uint8]:
+    def _image(self, index: int) -> NDArray[Any]:
         member = self.members[index]
         image = self._decode(member)
         if image.shape != self.shape:
@@ -109,7 +109,7 @@ class ImageZip(Dataset):
             )
         return image
 
-    def _decode(self, member: str) -> NDArray[np.uint8]:
+    def _decode(self, member: str) -> NDArray[Any]:
         """One image, uint8 [C, H, W]."""
         from PIL import Image, UnidentifiedImageError
 
@@ -118,7 +118,7 @@ class ImageZip(Dataset):
                 mode, pixels = image.mode, np.asarray(image)
         except UnidentifiedImageError as error:
             raise DataError(f"{self.path}: {member} is not an image") from error
-        except (*_DAMAGED, Image.DecompressionBombError) as error:
+        except (*DAMAGED, Image.DecompressionBombError) as error:
             raise DataError(f"{self.path}: image {member} is unreadable: {error}") from error
         if mode not in _CHANNELS:
             raise DataError(f"{self.path}: image {member} has mode {mode}, accepted: L, RGB")
@@ -130,7 +130,7 @@ class ImageZip(Dataset):
             raise DataError(f"{where} is missing; for images without labels set data.labels=false")
         try:
             content = json.loads(self._source.read(_LABELS))
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise DataError(f"{where} is unreadable: {error}") from error
         given = content.get("labels") if isinstance(content, dict) else None
         if given is None:
@@ -162,7 +162,7 @@ class _ZipFiles:
         self._open: tuple[int, zipfile.ZipFile] | None = None
         try:
             self._zip()
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise DataError(f"{path} is not a readable zip: {error}") from error
 
     def sizes(self) -> dict[str, int]:

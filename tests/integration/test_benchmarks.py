@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
 import torch
 
-from benchmarks import data, overhead, sampling, step_time
-from benchmarks.common import interleaved, median_ratio, parsed, parser, peak_memory
+from benchmarks import data, overhead, sampling, step_time, tangent
+from benchmarks.common import (
+    CIFAR10,
+    COSTS,
+    costs,
+    interleaved,
+    median_ratio,
+    network_parser,
+    parsed,
+    parser,
+    peak_memory,
+)
 
 SMALL = ["--device", "cpu", "--threads", "1", "--repeats", "2", "--batch", "2"]
 DIGITS = [*SMALL, "--only", "digits"]
+ROWS = [
+    "denoising",
+    "CM",
+    "iCT",
+    "ECT",
+    "sCM, exact",
+    "sCM, finite differences",
+    "MeanFlow, exact",
+    "MeanFlow, finite differences",
+    "TCM",
+]
 
 
 def table(text: str) -> list[list[str]]:
@@ -21,11 +43,25 @@ def table(text: str) -> list[list[str]]:
 
 def test_step_time(capsys):
     step_time.main(DIGITS)
-    denoising, cm = table(capsys.readouterr().out)
-    assert [denoising[3], cm[3]] == ["denoising", "CM"]
-    assert denoising[5] == denoising[7] == "1.00"
-    assert 0.5 < float(cm[5]) < 10
-    assert float(cm[4]) > 0
+    rows = table(capsys.readouterr().out)
+    assert [row[3] for row in rows] == ROWS
+    assert rows[0][5] == rows[0][7] == "1.00"
+    for row in rows:
+        assert float(row[4]) > 0
+        assert 0.1 < float(row[5]) < 50
+        assert row[8:] == ["-", "-"]  # what is published is of another network
+
+
+def test_step_time_shows_bounds_beside_the_network_they_are_for(capsys, monkeypatch):
+    [digits] = step_time.chosen(parsed(network_parser(""), DIGITS))
+    renamed = dataclasses.replace(digits, name=CIFAR10)
+    monkeypatch.setattr(step_time, "chosen", lambda options: [renamed])
+    step_time.main(DIGITS)
+    shown = {row[3]: row[8:] for row in table(capsys.readouterr().out)}
+    assert list(shown) == ROWS
+    assert shown["denoising"] == ["-", "1.00"]
+    assert shown["TCM"] == ["1.60", "1.85"]
+    assert all(value != ["-", "-"] for value in shown.values())
 
 
 def test_step_time_runs_in_bf16(capsys):
@@ -33,17 +69,79 @@ def test_step_time_runs_in_bf16(capsys):
     assert "bf16" in capsys.readouterr().out
 
 
-def test_both_steps_of_step_time_train():
-    """What is timed is a whole optimizer step with a gradient for every weight."""
-    options = parsed(step_time.network_parser(""), DIGITS)
+def test_every_step_of_step_time_trains():
+    """What is timed is a whole optimizer step with a gradient for every weight of its network."""
+    options = parsed(network_parser(""), DIGITS)
     [subject] = step_time.chosen(options)
-    network = subject.network(torch.device("cpu"))
-    for action in step_time.steps(subject, options, network).values():
+    nets = step_time.students(subject, torch.device("cpu"))
+    # At first the last layer hides all others, and the output does not depend on a second time.
+    moved = [p for net in nets.values() for p in net.parameters()]
+    torch.manual_seed(1)
+    for p in moved:
+        p.data.add_(0.02 * torch.randn_like(p))
+    kinds = {name: method.expects for name, method in step_time.methods().items()}
+    for name, action in step_time.steps(subject, options, nets).items():
+        network = nets[kinds.get(name, "denoiser")]
         before = [p.detach().clone() for p in network.parameters()]
         action()
         after = list(network.parameters())
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in after)
-        assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+        grads = [p.grad for p in after]
+        assert all(grad is not None and grad.abs().sum() > 0 for grad in grads), name
+        assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True)), name
+
+
+def test_the_students_of_step_time_share_their_weights():
+    [subject] = step_time.chosen(parsed(network_parser(""), DIGITS))
+    nets = step_time.students(subject, torch.device("cpu"))
+    first, *others = [dict(net.model.named_parameters()) for net in nets.values()]
+    for other in others:
+        assert all(other[name] is parameter for name, parameter in first.items())
+    assert [net.two_times for net in nets.values()] == [False, False, True]
+    assert {kind: net.predicts for kind, net in nets.items()} == {kind: kind for kind in nets}
+
+
+def test_each_step_of_step_time_makes_the_calls_it_is_named_after():
+    """In rows of the batch: those with a graph, and all. TCM has no row pass twice either."""
+    options = parsed(network_parser(""), [*DIGITS, "--batch", "4"])
+    [subject] = step_time.chosen(options)
+    nets = step_time.students(subject, torch.device("cpu"))
+    rows: list[tuple[bool, int]] = []
+    for net in nets.values():  # TCM's first stage is a copy with its hooks
+        net.register_forward_pre_hook(
+            lambda _, args: rows.append((torch.is_grad_enabled(), len(args[0])))
+        )
+    for name, action in step_time.steps(subject, options, nets).items():
+        rows.clear()
+        action()
+        graph, every = sum(n for grad, n in rows if grad), sum(n for _, n in rows)
+        passes = {"denoising": 1, "sCM, exact": 1, "MeanFlow, exact": 1}.get(name, 2)
+        passes += name.endswith("differences")
+        assert (graph, every) == (subject.batch, passes * subject.batch), name
+
+
+def test_costs_are_relative_to_the_first():
+    """Each action runs once for its memory and once a turn; the first one more, before all."""
+    order = []
+    actions = {name: lambda name=name: order.append(name) for name in ("base", "other")}
+    found = costs(actions, parsed(parser(""), SMALL))
+    assert order == ["base", *["base", "other"] * 3]
+    assert found["base"][1] == "1.00"
+    assert list(found) == ["base", "other"]
+    assert all(len(cells) == len(COSTS) for cells in found.values())
+
+
+def test_tangent(capsys):
+    tangent.main(DIGITS)
+    rows = table(capsys.readouterr().out)
+    assert [row[3] for row in rows] == [
+        "no tangent",
+        "exact, pairs",
+        "exact, dual numbers",
+        "finite differences (central, h=0.005)",
+        "exact, func.jvp",
+    ]
+    assert rows[0][5] == rows[0][7] == "1.00"
+    assert all(float(row[4]) > 0 for row in rows)
 
 
 def test_sampling(capsys):
@@ -60,7 +158,7 @@ def test_sampling(capsys):
 
 
 def test_the_heun_sampler_makes_the_calls_it_is_named_after():
-    options = parsed(sampling.network_parser(""), DIGITS)
+    options = parsed(network_parser(""), DIGITS)
     [subject] = sampling.chosen(options)
     network, calls = subject.network(torch.device("cpu")), []
     network.register_forward_hook(lambda *_: calls.append(1))

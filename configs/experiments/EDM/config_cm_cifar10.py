@@ -12,32 +12,21 @@ It starts from the weights of EDM's DDPM++ on CIFAR-10, which are downloaded onc
 
 from torch.optim import RAdam
 
-from callbacks.checkpoint import CheckpointCallback
 from callbacks.ct_schedule import CTScheduleCallback
-from callbacks.ema import EMACallback
-from callbacks.grad_clip import GradClipCallback
-from callbacks.jsonl_log import JsonlLog
-from callbacks.model_summary import ModelSummary
-from callbacks.nonfinite import NonFiniteGuard
-from callbacks.progress_bar import ProgressBar
-from callbacks.sample_grid import SampleGrid
+from configs.experiments.common import CONSTANT_EMAS, EDM_CIFAR10_WEIGHTS, START, callbacks
+from configs.experiments.EDM.common import CIFAR10, CIFAR10_TIMES, evaluation
 from fastflow.config import lazy
 from fastflow.consistency import InverseGap, PseudoHuber, RatioPairing
-from fastflow.data.cifar10 import Cifar10
-from fastflow.ema import ConstantEMA
-from fastflow.evaluation.metrics import FID
-from fastflow.evaluation.spec import Evaluation, Expected
+from fastflow.evaluation.spec import Expected
 from fastflow.experiment import Experiment
 from fastflow.schedules import RatioStages, SigmoidRatio
 from fastflow.times import TruncatedLogNormal
-from fastflow.wrappers import EDMDenoiser
 from methods.cm import CM
-from networks.song_unet import SongUNet
-
-EDM_WEIGHTS = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl"
+from networks import presets
 
 
 def experiment() -> Experiment:
+    schedule = RatioStages(q=2.0, kimg_per_stage=6400, limit=0.999)
     return Experiment(
         name="cm_cifar10",
         method=CM(
@@ -50,49 +39,21 @@ def experiment() -> Experiment:
             weight=InverseGap(),
             boundary=0.0,
         ),
-        network=lazy(
-            EDMDenoiser,
-            model=lazy(
-                SongUNet,
-                resolution=32,
-                in_channels=3,
-                out_channels=3,
-                augment_dim=9,  # unused in training; the initial weights have them
-                channels=128,
-                channel_mult=(2, 2, 2),
-                num_blocks=4,
-                attn_resolutions=(16,),
-                dropout=0.2,
-            ),
-        ),
-        data=lazy(Cifar10, flip=False),
+        network=presets.with_model(presets.DDPMPP_CIFAR10, dropout=0.2),
+        data=CIFAR10,
         optimizer=lazy(RAdam, lr=1e-4, betas=(0.9, 0.999), eps=1e-8),
         batch_size=512,
         steps=350_000,
-        init_from=EDM_WEIGHTS,
-        callbacks=(
-            lazy(CTScheduleCallback, schedule=RatioStages(q=2.0, kimg_per_stage=6400, limit=0.999)),
-            lazy(NonFiniteGuard),
-            lazy(GradClipCallback, max_norm=1e6),
-            lazy(EMACallback, law=ConstantEMA(beta=0.9999)),
-            lazy(EMACallback, law=ConstantEMA(beta=0.99995)),
-            lazy(EMACallback, law=ConstantEMA(beta=0.9996)),
-            lazy(ModelSummary),
-            lazy(ProgressBar),
-            lazy(JsonlLog, every=100),
-            lazy(SampleGrid, every=5000),
-            lazy(CheckpointCallback, every=5000),
-        ),
-        evaluation=Evaluation(
-            metrics=(FID(),), samples=50_000, steps=(1, 2, 4, 8), times={2: (0.821,)}, blocks=3
-        ),
+        init_from=EDM_CIFAR10_WEIGHTS,
+        callbacks=callbacks(lazy(CTScheduleCallback, schedule=schedule), emas=CONSTANT_EMAS),
+        evaluation=evaluation(CIFAR10_TIMES),
         expected=(
             Expected(steps=1, value=2.92, source="FastGen"),
             Expected(steps=1, value=3.60, source="ECT", note="400k iterations at batch 128"),
             Expected(steps=2, value=2.11, source="ECT", note="400k iterations at batch 128"),
         ),
         published={
-            "init_from": EDM_WEIGHTS,  # told where an override takes it away
-            "start of sampling": "sigma 79.56 (FastGen), here 80",
+            "init_from": EDM_CIFAR10_WEIGHTS,  # told where an override takes it away
+            **START,
         },
     )

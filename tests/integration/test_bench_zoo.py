@@ -1,4 +1,4 @@
-"""The digits benchmark: jobs in order, each once, used again, and bounds that are held."""
+"""The benchmarks of a folder: jobs in order, each once, used again, and bounds that are held."""
 
 import contextlib
 import io
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import digits
-from benchmarks.digits import Job, main, misses, planned, work
+from benchmarks import zoo
+from benchmarks.zoo import Job, main, misses, planned, work
 from fastflow import cli
 from fastflow.evaluation.compare import lines_of
 from fastflow.evaluation.results import read
 from fastflow.evaluation.spec import Expected
+from methods import edm, flow_matching
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,7 @@ from tiny import toy_with_teacher
 
 def experiment():
     made = toy_with_teacher(Path("runs/edm"), steps=2)
-    needs = Prerequisite(config="configs/config_edm_digits.py", run_dir="runs/edm")
+    needs = Prerequisite(config="configs/config_edm.py", run_dir="runs/edm")
     bound = Expected(metric="energy_distance", steps=2, value=1e3, samples=64, source="measured")
     return dataclasses.replace(made, name="cd", prerequisites=(needs,), expected=(bound,))
 """
@@ -58,11 +59,11 @@ class Ended:
 def folder(tmp_path, monkeypatch):
     """A working directory with two configurations; cd, the first by name, needs edm."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(digits, "POLL", 0.0)
+    monkeypatch.setattr(zoo, "POLL", 0.0)
     (tmp_path / "configs").mkdir()
-    Path("configs/config_edm_digits.py").write_text(EDM)
-    Path("configs/config_cd_digits.py").write_text(CD)
-    Path("configs/config_other.py").write_text("raise RuntimeError")
+    Path("configs/config_edm.py").write_text(EDM)
+    Path("configs/config_cd.py").write_text(CD)
+    Path("configs/common.py").write_text("raise RuntimeError")
     return tmp_path
 
 
@@ -76,15 +77,15 @@ def calls(monkeypatch):
         with contextlib.redirect_stdout(io.StringIO()):
             return Ended(cli.main(list(arguments)))
 
-    monkeypatch.setattr(digits, "_start", start)
+    monkeypatch.setattr(zoo, "_start", start)
     return made
 
 
 def test_trained_in_order_measured_and_used_again(folder, calls, capsys):
-    assert main(["--configs", "configs"]) == 0
+    assert main(["configs"]) == 0
     assert [c.split()[0] for c in calls] == ["train", "evaluate", "train", "evaluate"]
-    assert "config_edm_digits.py" in calls[0]
-    assert "config_cd_digits.py" in calls[2]
+    assert "config_edm.py" in calls[0]
+    assert "config_cd.py" in calls[2]
     assert all("--no-prerequisites" in call for call in (calls[0], calls[2]))
     assert all("--device cpu" in call for call in calls)
     assert {row.steps for row in read(Path("runs/cd/results.json"))} == {1, 2, 4}
@@ -93,7 +94,7 @@ def test_trained_in_order_measured_and_used_again(folder, calls, capsys):
     assert shown.count("energy distance") == 7  # one line for each comparison
     assert "1000.00 [2]" in shown
     calls.clear()
-    assert main(["--configs", "configs"]) == 0
+    assert main(["configs"]) == 0
     assert calls == []
     assert capsys.readouterr().out == shown
     # Measured again, but not trained again, once the configuration measures something else.
@@ -104,31 +105,31 @@ def test_trained_in_order_measured_and_used_again(folder, calls, capsys):
     )
     imports = "from fastflow.evaluation.spec import Evaluation\n"
     imports += "from fastflow.evaluation.toy_metrics import EnergyDistance\n"
-    Path("configs/config_edm_digits.py").write_text(imports + text)
-    assert main(["--configs", "configs"]) == 0
+    Path("configs/config_edm.py").write_text(imports + text)
+    assert main(["configs"]) == 0
     assert [call.split()[0] for call in calls] == ["train", "evaluate"]
     assert {r.steps for r in read(Path("runs/edm/results.json")) if r.samples == 32} == {1, 2, 4, 8}
 
 
 def test_the_same_table_from_new_runs(folder, calls, capsys, monkeypatch):
-    assert main(["--configs", "configs"]) == 0
+    assert main(["configs"]) == 0
     shown = capsys.readouterr().out
     Path("runs").rename("before")
-    assert main(["--configs", "configs", "--jobs", "1"]) == 0
+    assert main(["configs", "--jobs", "1"]) == 0
     assert capsys.readouterr().out == shown
 
 
 def test_a_missed_bound_fails(folder, calls, capsys):
-    Path("configs/config_cd_digits.py").write_text(CD.replace("1e3", "1e-9"))
-    assert main(["--configs", "configs"]) == 1
+    Path("configs/config_cd.py").write_text(CD.replace("1e3", "1e-9"))
+    assert main(["configs"]) == 1
     out = capsys.readouterr().out
     assert "FAILED cd: energy distance in 2 steps: " in out
     assert "measured, at most 1e-09 stated" in out
 
 
 def test_a_bound_that_was_not_compared_fails(folder, calls, capsys):
-    Path("configs/config_cd_digits.py").write_text(CD.replace("steps=2, value", "steps=3, value"))
-    assert main(["--configs", "configs"]) == 1
+    Path("configs/config_cd.py").write_text(CD.replace("steps=2, value", "steps=3, value"))
+    assert main(["configs"]) == 1
     out = capsys.readouterr().out
     assert "FAILED cd: energy distance in 3 steps: nothing comparable measured, at most 1000" in out
 
@@ -152,11 +153,11 @@ def test_bounds_are_at_most_and_never_across_sample_counts(folder, calls):
 def test_a_failed_run_fails_those_that_need_it_and_only_them(folder, calls, capsys):
     diverging = EDM.replace("steps=3)", "steps=3, optimizer=lazy(Adam, lr=1e30))")
     imports = "from fastflow.config import lazy\nfrom torch.optim import Adam\n"
-    Path("configs/config_edm_digits.py").write_text(imports + diverging)
-    Path("configs/config_free_digits.py").write_text(EDM.replace('"edm"', '"free"'))
-    assert main(["--configs", "configs"]) == 1
+    Path("configs/config_edm.py").write_text(imports + diverging)
+    Path("configs/config_free.py").write_text(EDM.replace('"edm"', '"free"'))
+    assert main(["configs"]) == 1
     out = capsys.readouterr().out
-    assert "FAILED runs/edm: train ended with status 3; see runs/logs-digits/edm.log" in out
+    assert "FAILED runs/edm: train ended with status 3; see runs/logs-configs/edm.log" in out
     assert "FAILED runs/cd: not trained, a run before failed" in out
     assert "free: EDM on gaussian_mixture2d" in out
 
@@ -164,8 +165,8 @@ def test_a_failed_run_fails_those_that_need_it_and_only_them(folder, calls, caps
 def test_a_run_needed_under_another_description_is_trained_too(folder, calls):
     other = CD.replace('run_dir="runs/edm"', 'run_dir="runs/short", overrides=("steps=1",)')
     other = other.replace('Path("runs/edm")', 'Path("runs/short")')
-    Path("configs/config_cd_digits.py").write_text(other)
-    assert main(["--configs", "configs"]) == 0
+    Path("configs/config_cd.py").write_text(other)
+    assert main(["configs"]) == 0
     trained = [call.split()[4] for call in calls if call.startswith("train")]
     assert sorted(trained) == ["runs/cd", "runs/edm", "runs/short"]
     assert trained.index("runs/short") < trained.index("runs/cd")
@@ -175,11 +176,11 @@ def test_a_run_needed_under_another_description_is_trained_too(folder, calls):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: None, "nowhere: no config_*_digits.py there"),
-        (lambda: Path("configs/config_b_digits.py").write_text(EDM), "'edm' given, which"),
-        (lambda: Path("configs/config_b_digits.py").write_text("x ="), "SyntaxError"),
+        (lambda: None, "nowhere: no config_*.py there"),
+        (lambda: Path("configs/config_b.py").write_text(EDM), "'edm' given, which"),
+        (lambda: Path("configs/config_b.py").write_text("x ="), "SyntaxError"),
         (
-            lambda: Path("configs/config_cd_digits.py").write_text(
+            lambda: Path("configs/config_cd.py").write_text(
                 CD.replace('run_dir="runs/edm")', 'run_dir="runs/edm", overrides=("seed=1",))')
             ),
             "runs/edm is asked for in two configurations (seed: 0 -> 1)",
@@ -189,7 +190,7 @@ def test_a_run_needed_under_another_description_is_trained_too(folder, calls):
 def test_a_mistake_is_one_line_and_nothing_is_trained(make, text, folder, calls, capsys):
     make()
     where = "nowhere" if text.startswith("nowhere") else "configs"
-    assert main(["--configs", where]) == 2
+    assert main([where]) == 2
     out, err = capsys.readouterr()
     assert (out, calls, err.count("\n")) == ("", [], 1)
     assert text in err
@@ -232,14 +233,14 @@ def test_as_many_at_once_as_asked(at_once, folder, monkeypatch):
         assert "a" not in Slow.alive or arguments[0] != "b"
         return Slow(arguments[0])
 
-    monkeypatch.setattr(digits, "_start", start)
+    monkeypatch.setattr(zoo, "_start", start)
     needs = {"b": {"a"}}
     names = ["b", "a", "c", "d", "e"]
     jobs = [
         Job(Path(n), frozenset(Path(m).resolve() for m in needs.get(n, ())), ((n,), (f"{n}2",)))
         for n in names
     ]
-    assert work(jobs, at_once) == []
+    assert work(jobs, at_once, Path("logs")) == []
     assert Slow.most == at_once
     assert sorted(order) == sorted(n + s for n in names for s in ("", "2"))
     assert order.index("a2") < order.index("b")
@@ -247,39 +248,53 @@ def test_as_many_at_once_as_asked(at_once, folder, monkeypatch):
 
 def test_an_interrupt_stops_what_runs(folder, monkeypatch, capsys):
     monkeypatch.setattr(Slow, "alive", [])
-    monkeypatch.setattr(digits, "_start", lambda arguments, log: Slow(arguments[1]))
+    monkeypatch.setattr(zoo, "_start", lambda arguments, log: Slow(arguments[1]))
 
     def interrupt(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(digits.time, "sleep", interrupt)
-    assert main(["--configs", "configs"]) == 130
+    monkeypatch.setattr(zoo.time, "sleep", interrupt)
+    assert main(["configs"]) == 130
     assert Slow.alive == []
     assert "the same command goes on from there" in capsys.readouterr().err
 
 
-def test_every_configuration_that_comes_with_fastflow_can_be_planned(tmp_path, monkeypatch):
-    """Names differ, prerequisites are found, and bounds are of samples that are measured."""
+@pytest.mark.parametrize("name", ["Digits", "Toy"])
+def test_every_configuration_that_comes_with_fastflow_can_be_planned(name, tmp_path, monkeypatch):
+    """Names differ, prerequisites are found, and every bound is of something measured."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    stages = digits.found(Path("configs/experiments/Digits"))
-    names = [stage.experiment.name for stage in stages]
-    assert "cm_digits" in names
+    stages = zoo.found(Path("configs/experiments") / name)
+    names = {stage.experiment.name for stage in stages}
+    methods = {name.partition("_")[0] for name in names}
+    assert methods >= {"cm", "ict", "ect", "tcm", "sct", "scd", "mf"}
     assert all(f"config_{s.experiment.name}.py" == Path(s.source.config).name for s in stages)
-    jobs = planned(stages)
-    assert {job.run_dir.name for job in jobs} >= set(names)
+    assert {job.run_dir.name for job in planned(stages)} == names
     for stage in stages:
+        evaluation = stage.experiment.evaluation
         for bound in stage.experiment.expected:
+            assert bound.steps in {*zoo.STEPS, *evaluation.steps}
             if bound.metric == "fid":
-                assert bound.samples == stage.experiment.evaluation.samples
+                assert bound.samples == evaluation.samples
+
+
+def test_every_toy_states_a_bound_of_its_flow_map():
+    """One-step methods in one step; diffusion models in the most steps that they are given."""
+    for stage in zoo.found(ROOT / "configs/experiments/Toy"):
+        experiment = stage.experiment
+        steps = {e.steps for e in experiment.expected if e.metric == "flow_map_error"}
+        diffusion = isinstance(experiment.method, edm.EDM | flow_matching.FlowMatching)
+        two_times = not diffusion and experiment.method.two_times
+        wanted = {max(experiment.evaluation.steps)} if diffusion else {1}
+        assert steps == ({1, 2, 4} if two_times else wanted), experiment.name
 
 
 @pytest.mark.slow
 def test_in_processes_of_their_own_and_stopped(folder):
-    """What `make bench-digits` runs: children with one thread, a log each; a signal ends all."""
-    Path("configs/config_edm_digits.py").write_text(EDM.replace("steps=3", "steps=100000"))
+    """What `make bench-toy` runs: children with one thread, a log each; a signal ends all."""
+    Path("configs/config_edm.py").write_text(EDM.replace("steps=3", "steps=100000"))
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, "-m", "benchmarks.digits", "--configs", "configs"]
+    command = [sys.executable, "-m", "benchmarks.zoo", "configs"]
     environment = {**os.environ, "PYTHONPATH": path}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     while not Path("runs/edm/checkpoints/latest").exists() and process.poll() is None:
@@ -287,8 +302,8 @@ def test_in_processes_of_their_own_and_stopped(folder):
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=120)[1].endswith("goes on from there\n")
     assert process.returncode == 130
-    assert "stopped by SIGTERM after step" in Path("runs/logs-digits/edm.log").read_text()
-    Path("configs/config_edm_digits.py").write_text(EDM)
+    assert "stopped by SIGTERM after step" in Path("runs/logs-configs/edm.log").read_text()
+    Path("configs/config_edm.py").write_text(EDM)
     subprocess.run(["rm", "-r", "runs"], check=True)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

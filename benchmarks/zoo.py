@@ -1,16 +1,18 @@
-"""Every method on the 8x8 digits: trained, measured, and held to what its configuration states.
+"""Every experiment of a folder: trained, measured, and held to what its configuration states.
 
     make bench-digits
-    python -m benchmarks.digits --jobs 2
+    python -m benchmarks.zoo configs/experiments/Digits --jobs 2
+    make bench-toy
+    python -m benchmarks.zoo configs/experiments/Toy --jobs 2
 
-Each `config_*_digits.py` is trained in `runs/NAME`, after the runs it needs, and measured in 1, 2
-and 4 steps and those of its own evaluation. The table is that of `fastflow compare`: each value
-beside the bound that the configuration states (`expected`) and beside the real data. A value above
-its bound, a bound that nothing was measured for, and a run that failed make the exit status 1.
+Each `config_*.py` is trained in `runs/NAME`, after the runs it needs, and measured in 1, 2 and 4
+steps and those of its own evaluation. The table is that of `fastflow compare`: each value beside
+the bound that the configuration states (`expected`) and beside the real data. A value above its
+bound, a bound that nothing was measured for, and a run that failed make the exit status 1.
 
 Finished runs and measurements are used again. Each process has one thread, on the CPU, so on one
 machine the table (standard output) is the same each time it is made. What takes how long goes to
-standard error, and what the processes say to `runs/logs-digits`.
+standard error, and what the processes say to `runs/logs-FOLDER`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from fastflow import run_dir as run_directory
 from fastflow.config import diff, load_experiment
 from fastflow.distributed import World
 from fastflow.errors import ConfigError, FastflowError
-from fastflow.evaluation.compare import CONFIGS, lines_of
+from fastflow.evaluation.compare import lines_of
 from fastflow.evaluation.results import FILE, Result, label, read
 from fastflow.evaluation.table import Line, render
 from fastflow.experiment import Experiment, Prerequisite
@@ -38,7 +40,6 @@ from fastflow.generate import step_times
 from fastflow.prerequisites import Stage, check_all, position, unfinished
 
 RUNS = Path("runs")
-LOGS = RUNS / "logs-digits"
 STEPS = (1, 2, 4)
 POLL = 0.1  # seconds between looks at the processes
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -62,24 +63,24 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status: 0, 1 for failures, 2 for mistakes, 130."""
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    options.add_argument("--configs", type=Path, default=CONFIGS / "Digits", help="their folder")
+    options.add_argument("folder", type=Path, help="of configurations, configs/experiments/Toy")
     options.add_argument("--jobs", type=int, default=2, help="processes at once (default 2)")
     arguments = options.parse_args(argv)
     began = time.perf_counter()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        status = bench(arguments.configs, arguments.jobs)
+        status = bench(arguments.folder, arguments.jobs)
     except FastflowError as error:
-        _say(f"bench-digits: {' '.join(str(error).split())}")
+        _say(f"benchmark: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
-        _say("bench-digits: stopped; the same command goes on from there")
+        _say("benchmark: stopped; the same command goes on from there")
         return 128 + signal.SIGINT
     _say(f"{(time.perf_counter() - began) / 60:.1f} minutes of wall time")
     return status
 
 
-def bench(configs: Path, at_once: int) -> int:
+def bench(folder: Path, at_once: int) -> int:
     """Train and measure what is not done yet and print the table; returns 0, or 1 for failures.
 
     Raises:
@@ -87,8 +88,9 @@ def bench(configs: Path, at_once: int) -> int:
     """
     if at_once < 1:
         raise ConfigError(f"--jobs: {at_once} given, accepted: a whole number from 1 up")
-    stages = found(configs)
-    failures = work(planned(stages), at_once)
+    stages = found(folder)
+    logs = RUNS / f"logs-{folder.resolve().name.lower()}"
+    failures = work(planned(stages), at_once, logs)
     shown: list[Line] = []
     minutes: list[str] = []
     for stage in stages:
@@ -104,15 +106,15 @@ def bench(configs: Path, at_once: int) -> int:
     return 1 if failures else 0
 
 
-def found(configs: Path) -> list[Stage]:
-    """The runs of all digits configurations of a folder.
+def found(folder: Path) -> list[Stage]:
+    """The runs of all configurations of a folder.
 
     Raises:
         ConfigError: there is none, two share a name, or one cannot be read, or its run directory
             holds another.
     """
     stages: dict[str, Stage] = {}
-    for path in sorted(configs.glob("config_*_digits.py")):
+    for path in sorted(folder.glob("config_*.py")):
         experiment = load_experiment(path, kind=Experiment)
         name, run_dir = experiment.name, RUNS / experiment.name
         if name in stages:
@@ -122,7 +124,7 @@ def found(configs: Path) -> list[Stage]:
         step = position(experiment, run_dir, World())
         stages[name] = Stage(source, experiment, run_dir, step)
     if not stages:
-        raise ConfigError(f"{configs}: no config_*_digits.py there; accepted: a folder with some")
+        raise ConfigError(f"{folder}: no config_*.py there; accepted: a folder with some")
     return list(stages.values())
 
 
@@ -189,15 +191,18 @@ def _steps(experiment: Experiment) -> tuple[int, ...]:
     return tuple(sorted({*STEPS, *experiment.evaluation.steps}))
 
 
-def work(jobs: Sequence[Job], at_once: int) -> list[str]:
-    """Do the jobs, some at once, each after those that it needs; returns what failed and how."""
+def work(jobs: Sequence[Job], at_once: int, logs: Path) -> list[str]:
+    """Do the jobs, some at once, each after those that it needs; returns what failed and how.
+
+    What a job says is appended to its file in the folder `logs`.
+    """
     waiting, done = list(jobs), set[Path]()
     lost: dict[Path, str] = {}
     running: dict[Path, tuple[Job, int, subprocess.Popen[bytes]]] = {}
 
     def call(job: Job, number: int) -> None:
         _say(f"{job.calls[number][0]} {job.run_dir}")
-        running[job.run_dir.resolve()] = (job, number, _start(job.calls[number], _log(job)))
+        running[job.run_dir.resolve()] = (job, number, _start(job.calls[number], _log(logs, job)))
 
     try:
         while waiting or running:
@@ -216,7 +221,7 @@ def work(jobs: Sequence[Job], at_once: int) -> list[str]:
                 del running[place]
                 if status != 0:
                     what = f"{job.calls[number][0]} ended with status {status}"
-                    lost[place] = f"{job.run_dir}: {what}; see {_log(job)}"
+                    lost[place] = f"{job.run_dir}: {what}; see {_log(logs, job)}"
                 elif number + 1 < len(job.calls):
                     call(job, number + 1)
                 else:
@@ -230,8 +235,8 @@ def work(jobs: Sequence[Job], at_once: int) -> list[str]:
     return list(lost.values())
 
 
-def _log(job: Job) -> Path:
-    return LOGS / f"{job.run_dir.name}.log"
+def _log(logs: Path, job: Job) -> Path:
+    return logs / f"{job.run_dir.name}.log"
 
 
 def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:

@@ -1,0 +1,1 @@
+"""Experiments with transformers on ImageNet-256 in latents of 4 x 32 x 32."""

@@ -1,0 +1,1 @@
+"""Experiments with the EDM2 networks on ImageNet-64."""
