@@ -147,6 +147,8 @@ def check_fit(method: FlowMapMethod, network: Network, dataset: Dataset) -> None
         )
     if method.two_times and not network.two_times:
         raise ConfigError(f"network: takes one time, but {kind} trains a network of two times")
+    if network.two_times and not method.two_times:
+        raise ConfigError(f"network: takes two times, but {kind} trains a network of one time")
     if network.sample_shape != dataset.shape:
         raise ConfigError(
             f"network: made for samples {network.sample_shape}, but the data {dataset.name!r} has "

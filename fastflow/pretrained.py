@@ -140,11 +140,14 @@ def save(converted: Converted, path: Path, source: str, origin: Path) -> int:
         The number of parameters of the network.
 
     Raises:
-        CheckpointError: the weights do not fit the network they are said to be of, or the disk
+        CheckpointError: the network cannot be built, the weights do not fit it, or the disk
             refused.
     """
-    with torch.device("meta"):
-        network: Network = build(converted.network)
+    try:
+        with torch.device("meta"):
+            network: Network = build(converted.network)
+    except ConfigError as error:
+        raise CheckpointError(f"{source} holds a network that is none of ours: {error}") from error
     require_fit(converted.weights, network.state_dict(), source)
     header = {
         _NETWORK: json.dumps(to_plain(converted.network)),

@@ -354,6 +354,10 @@ def distilled(teacher: Teacher):
         ),
         (lambda: {"network": lazy(Velocity)}, "predicts 'velocity', but CM expects 'denoiser'"),
         (
+            lambda: {"network": MLP.replace(model=MLP.model.replace(two_times=True))},
+            "network: takes two times, but CM trains a network of one time",
+        ),
+        (
             lambda: distilled(Teacher(source=Frozen(weights=None, network=lazy(Score)))),
             "teacher: predicts 'score', accepted: 'denoiser', 'velocity', 'trigflow'",
         ),

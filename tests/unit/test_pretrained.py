@@ -377,6 +377,14 @@ def test_a_saved_file_says_what_it_is(tmp_path):
     wrong = Converted("wrong", converted.network, {"x": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="does not fit the network"):
         save(wrong, tmp_path / "wrong.safetensors", "edm.pkl", tmp_path / "edm.pkl")
+    odd = converted.network.replace(model=converted.network.model.replace(attn_resolutions=(5,)))
+    with pytest.raises(CheckpointError, match=r"^edm\.pkl holds .*attn_resolutions: .* no resolu"):
+        save(
+            Converted("odd", odd, converted.weights),
+            tmp_path / "wrong.safetensors",
+            "edm.pkl",
+            tmp_path / "edm.pkl",
+        )
     assert not (tmp_path / "wrong.safetensors").exists()
 
 

@@ -109,6 +109,37 @@ def test_units_are_traced_whole_and_change_nothing() -> None:
     check_compiled("mlp", recompute=True)
 
 
+class Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x.sin(), 0.5)
+
+
+class DroppingNetwork(Network):
+    """One unit, with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit = Dropping()
+
+    def forward(self, x: Tensor, t: Any = None, *_: Any, **__: Any) -> Tensor:
+        return self.unit(x)
+
+    def shard_units(self) -> list[nn.Module]:
+        return [self.unit]
+
+
+def test_recomputed_compiled_units_drop_the_same_twice() -> None:
+    grads = []
+    for compile in (False, True):
+        network = DroppingNetwork()
+        shard(network, World(), 1, recompute=True, compile=compile)
+        x = torch.linspace(0, 1, 64).requires_grad_()
+        torch.manual_seed(0)
+        network(x).sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_units_of_every_family_are_traced_whole(family: str) -> None:

@@ -22,14 +22,14 @@ from configs.experiments.Toy.common import (
 from fastflow.config import lazy
 from fastflow.consistency import InverseGap, PseudoHuber, RatioPairing
 from fastflow.experiment import Experiment
-from fastflow.schedules import RatioStages, SigmoidRatio
+from fastflow.schedules import ConstantLR, RatioStages, SigmoidRatio
 from fastflow.times import LogNormal
 from fastflow.wrappers import EDMDenoiser
 from methods.cm import CM
 
 
 def experiment() -> Experiment:
-    schedule = RatioStages(q=2.0, kimg_per_stage=102.4)
+    schedule = RatioStages(q=2.0, kimg_per_stage=768)
     return Experiment(
         name="cm_gaussian_mixture",
         method=CM(
@@ -39,11 +39,11 @@ def experiment() -> Experiment:
             boundary=0.0,
         ),
         network=lazy(EDMDenoiser, model=MODEL),
-        optimizer=lazy(RAdam, lr=2e-3, betas=(0.9, 0.999)),
-        batch_size=512,
-        steps=2000,
-        callbacks=callbacks(lazy(CTScheduleCallback, schedule=schedule), ema=0.998),
+        optimizer=lazy(RAdam, lr=1e-3, betas=(0.9, 0.999)),
+        batch_size=1024,
+        steps=6000,
+        callbacks=callbacks(lazy(CTScheduleCallback, schedule=schedule), ema=0.999),
         evaluation=evaluation(SIGMA_TIMES),
         expected=at_most({1: 0.01}),
-        **COMMON,
+        **{**COMMON, "lr": ConstantLR()},
     )

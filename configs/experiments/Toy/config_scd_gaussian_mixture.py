@@ -1,7 +1,9 @@
 """sCD on a ring of eight Gaussians in the plane, where the true flow map is known.
 
 Distils the denoiser of config_edm_gaussian_mixture.py, from whose weights the student starts
-(arXiv 2410.11081, section 5): as a TrigFlow network it reads ln(sigma)/4 as before.
+(arXiv 2410.11081, section 5): as a TrigFlow network it reads ln(sigma)/4 as before. Seen so,
+sampling starts (ln 80 = 4.4) far above most of the paper's times; the wider law here halved the
+error.
 
     fastflow train --config configs/experiments/Toy/config_scd_gaussian_mixture.py
     fastflow evaluate runs/scd_gaussian_mixture
@@ -49,7 +51,7 @@ def experiment() -> Experiment:
         steps=2500,
         callbacks=callbacks(ema=0.997),
         evaluation=evaluation(ANGLES),
-        expected=at_most({1: 0.03}),
+        expected=at_most({1: 0.01}),
         init_from=TEACHER.run_dir,
         prerequisites=(TEACHER,),
         **COMMON,
