@@ -216,19 +216,19 @@ def test_a_lazy_heavy_import_is_not_reported():
     assert weight_violations({"fastflow/x.py": source}) == []
 
 
-MEASURE = """
-import json, sys, time
+LOADED = """
+import json, sys
 import torch
-before, start = set(sys.modules), time.process_time()
+before = set(sys.modules)
 {work}
-print(json.dumps([time.process_time() - start, sorted(set(sys.modules) - before)]))
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
-def cost_of(work: str) -> tuple[float, set[str]]:
-    """Processor seconds of `work` after `import torch`, and the modules it loaded."""
+def modules_of(work: str) -> set[str]:
+    """The modules that `work` loads after `import torch`, in a fresh interpreter."""
     out = subprocess.run(
-        [sys.executable, "-c", MEASURE.format(work=work)],
+        [sys.executable, "-c", LOADED.format(work=work)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -236,29 +236,21 @@ def cost_of(work: str) -> tuple[float, set[str]]:
         check=False,
     )
     assert out.returncode == 0, out.stderr
-    seconds, modules = json.loads(out.stdout.splitlines()[-1])
-    return seconds, set(modules)
+    return set(json.loads(out.stdout.splitlines()[-1]))
 
 
-def check_cost(work: str, limit: float) -> None:
-    """The best of three must keep the limit: a first run may have to compile or read cold files."""
-    seconds = []
-    for _ in range(3):
-        cost, modules = cost_of(work)
-        assert modules & HEAVY == set()
-        seconds.append(cost)
-        if cost < limit:
-            return
-    pytest.fail(f"took {min(seconds):.2f} s after `import torch`, at most {limit} s are allowed")
+def test_importing_fastflow_loads_nothing_heavy():
+    loaded = modules_of("import fastflow")
+    assert "fastflow" in loaded
+    assert loaded & HEAVY == set()
 
 
-def test_importing_fastflow_is_cheap():
-    check_cost("import fastflow", 0.5)
-
-
-@pytest.mark.parametrize(
-    "path",
-    sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("configs/experiments/*/config_*.py")),
-)
-def test_loading_a_config_is_cheap(path):
-    check_cost(f"from fastflow.config import load_experiment; load_experiment({path!r})", 2.0)
+def test_loading_configurations_loads_nothing_heavy():
+    paths = sorted(map(str, ROOT.glob("configs/experiments/*/config_*.py")))
+    loaded = modules_of(
+        f"from fastflow.config import load_experiment\n"
+        f"for path in {paths!r}:\n"
+        f"    load_experiment(path)"
+    )
+    assert "fastflow.experiment" in loaded
+    assert loaded & HEAVY == set()
