@@ -25,7 +25,7 @@ from fastflow.data.digits import Digits
 from fastflow.ema import PowerEMA
 from fastflow.evaluation.extractors import DigitFeatures
 from fastflow.evaluation.metrics import FID, RealHalves
-from fastflow.evaluation.spec import Evaluation
+from fastflow.evaluation.spec import Evaluation, Expected
 from fastflow.experiment import Prerequisite
 from fastflow.schedules import CosineLR
 from networks.song_unet import SongUNet
@@ -79,13 +79,27 @@ def callbacks(*drivers: Lazy) -> tuple[Lazy, ...]:
     )
 
 
-def evaluation(times: Mapping[int, tuple[float, ...]]) -> Evaluation:
-    """One, two and four steps, through these intermediate times; 5,000 samples each."""
+SAMPLES = 5000
+
+
+def evaluation(
+    times: Mapping[int, tuple[float, ...]], steps: tuple[int, ...] = (1, 2, 4)
+) -> Evaluation:
+    """The FID of 5,000 samples for each number of steps, through these intermediate times."""
     return Evaluation(
         metrics=(FID(extractor=DigitFeatures(), baseline=RealHalves()),),
-        samples=5000,
-        steps=(1, 2, 4),
+        samples=SAMPLES,
+        steps=steps,
         times=dict(times),
         batch_size=500,
         quantisation="none",
     )
+
+
+def within(factor: float, steps: int = 1) -> tuple[Expected, ...]:
+    """A bound that `make bench-digits` holds a run to: so many times the real digits' own FID.
+
+    That is the FID between two halves of them, 2.60.
+    """
+    source = f"bound: {factor:g} times the FID between halves of the real digits"
+    return (Expected(steps=steps, value=round(factor * 2.6, 2), source=source, samples=SAMPLES),)

@@ -9,7 +9,14 @@ beside the FID between two halves of the real digits.
 """
 
 from callbacks.ct_schedule import CTScheduleCallback
-from configs.experiments.Digits.common import COMMON, SIGMA_TIMES, UNET, callbacks, evaluation
+from configs.experiments.Digits.common import (
+    COMMON,
+    SIGMA_TIMES,
+    UNET,
+    callbacks,
+    evaluation,
+    within,
+)
 from fastflow.config import lazy
 from fastflow.consistency import InverseGap, PseudoHuber, RatioPairing
 from fastflow.experiment import Experiment
@@ -32,5 +39,6 @@ def experiment() -> Experiment:
         network=lazy(EDMDenoiser, model=UNET),
         callbacks=callbacks(lazy(CTScheduleCallback, schedule=schedule)),
         evaluation=evaluation(SIGMA_TIMES),
+        expected=within(2.0),
         **COMMON,
     )

@@ -13,6 +13,7 @@ from configs.experiments.Digits.common import (
     UNET,
     callbacks,
     evaluation,
+    within,
 )
 from fastflow.config import lazy
 from fastflow.consistency import PseudoHuber
@@ -30,6 +31,7 @@ def experiment() -> Experiment:
         network=lazy(EDMDenoiser, model=UNET),
         callbacks=callbacks(lazy(CTScheduleCallback, schedule=schedule)),
         evaluation=evaluation(SIGMA_TIMES),
+        expected=within(1.5),
         init_from="runs/edm_digits",
         prerequisites=(TEACHER,),
         **COMMON,

@@ -5,7 +5,7 @@ The default hyperparameters are EDM's own.
     fastflow train --config configs/experiments/Digits/config_edm_digits.py
 """
 
-from configs.experiments.Digits.common import COMMON, UNET, callbacks, evaluation
+from configs.experiments.Digits.common import COMMON, UNET, callbacks, evaluation, within
 from fastflow.config import lazy
 from fastflow.experiment import Experiment
 from fastflow.wrappers import EDMDenoiser
@@ -18,6 +18,7 @@ def experiment() -> Experiment:
         method=EDM(),
         network=lazy(EDMDenoiser, model=UNET),
         callbacks=callbacks(),
-        evaluation=evaluation({}),
+        evaluation=evaluation({}, steps=(32,)),
+        expected=within(1.5, steps=32),
         **COMMON,
     )

@@ -5,7 +5,7 @@ Times are uniform; the network reads 4 t.
     fastflow train --config configs/experiments/Digits/config_fm_digits.py
 """
 
-from configs.experiments.Digits.common import COMMON, UNET, callbacks, evaluation
+from configs.experiments.Digits.common import COMMON, UNET, callbacks, evaluation, within
 from fastflow.config import lazy
 from fastflow.experiment import Experiment
 from fastflow.wrappers import VelocityNetwork
@@ -19,6 +19,7 @@ def experiment() -> Experiment:
         method=FlowMatching(),
         network=network,
         callbacks=callbacks(),
-        evaluation=evaluation({}),
+        evaluation=evaluation({}, steps=(32,)),
+        expected=within(1.5, steps=32),
         **COMMON,
     )

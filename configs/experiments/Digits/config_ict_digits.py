@@ -4,7 +4,14 @@ fastflow train --config configs/experiments/Digits/config_ict_digits.py
 """
 
 from callbacks.ct_schedule import CTScheduleCallback
-from configs.experiments.Digits.common import COMMON, SIGMA_TIMES, UNET, callbacks, evaluation
+from configs.experiments.Digits.common import (
+    COMMON,
+    SIGMA_TIMES,
+    UNET,
+    callbacks,
+    evaluation,
+    within,
+)
 from fastflow.config import lazy
 from fastflow.experiment import Experiment
 from fastflow.schedules import DoublingDiscretization
@@ -20,5 +27,6 @@ def experiment() -> Experiment:
         network=lazy(EDMDenoiser, model=UNET),
         callbacks=callbacks(lazy(CTScheduleCallback, schedule=schedule)),
         evaluation=evaluation(SIGMA_TIMES),
+        expected=within(1.5),
         **COMMON,
     )

@@ -12,6 +12,7 @@ from configs.experiments.Digits.common import (
     UNET,
     callbacks,
     evaluation,
+    within,
 )
 from fastflow.config import lazy
 from fastflow.experiment import Experiment
@@ -36,6 +37,7 @@ def experiment() -> Experiment:
         ),
         callbacks=callbacks(),
         evaluation=evaluation(ANGLES),
+        expected=within(2.0),
         init_from="runs/edm_digits",
         prerequisites=(TEACHER,),
         **COMMON,

@@ -6,7 +6,14 @@ Both the student and the frozen model below t = 1 are the ECT run; the ratio sta
 """
 
 from callbacks.ct_schedule import CTScheduleCallback
-from configs.experiments.Digits.common import COMMON, SIGMA_TIMES, UNET, callbacks, evaluation
+from configs.experiments.Digits.common import (
+    COMMON,
+    SIGMA_TIMES,
+    UNET,
+    callbacks,
+    evaluation,
+    within,
+)
 from fastflow.config import lazy
 from fastflow.consistency import PseudoHuber
 from fastflow.experiment import Experiment, Prerequisite
@@ -30,6 +37,7 @@ def experiment() -> Experiment:
         network=lazy(EDMDenoiser, model=UNET),
         callbacks=callbacks(lazy(CTScheduleCallback, schedule=schedule)),
         evaluation=evaluation(SIGMA_TIMES),
+        expected=within(1.5),
         init_from=STAGE1.run_dir,
         prerequisites=(STAGE1,),
         **COMMON,
