@@ -101,7 +101,8 @@ def earlier_point(
     """x_r [B, ...]: on the line from x0 through x_t, or on the teacher's path through x_t."""
     if teacher is None:
         return batch.x + scaled(pair.r, eps)
-    return step(teacher.denoiser(nets, VE(), batch.cond), x_t, pair.t, pair.r)
+    denoise = teacher.denoiser(nets, VE(), batch.cond, batch.augment)
+    return step(denoise, x_t, pair.t, pair.r)
 
 
 def consistency_loss(

@@ -102,6 +102,11 @@ class FlowMapMethod(Part, abc.ABC):
     two_times: ClassVar[bool] = False
 
     @property
+    def title(self) -> str:
+        """What summaries and result rows call it: its class, and what is not exact about it."""
+        return type(self).__name__
+
+    @property
     @abc.abstractmethod
     def path(self) -> Path:
         """The interpolant between data and noise; its `t_max` is where sampling starts."""

@@ -24,6 +24,7 @@ class Network(nn.Module):
         augment_dim: width of `augment`; 0 for a network without augmentation labels.
         two_times: whether `forward` takes the end time `s`.
         takes_guidance: whether `forward` takes a guidance scale.
+        label_dropout: probability that `forward` zeroes a class row in training.
         has_logvar: whether `logvar` is there.
     """
 
@@ -34,6 +35,7 @@ class Network(nn.Module):
     augment_dim: int = 0
     two_times: bool = False
     takes_guidance: bool = False
+    label_dropout: float = 0.0
     has_logvar: bool = False
 
     def forward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class PathDifference(Part):
             too, where it is not the teacher's path (FastGen).
     """
 
+    exact: ClassVar[bool] = False
+
     step: float = 1e-3
     scheme: Literal["central", "backward"] = "central"
     follow: Literal["velocity", "sample"] = "velocity"
@@ -42,6 +44,12 @@ class PathDifference(Part):
             raise ConfigError(
                 f"PathDifference.step: {self.step} given, accepted: between 0 and 1, e.g. 1e-3"
             )
+
+    @property
+    def name(self) -> str:
+        """What results show."""
+        kind = self.scheme if self.follow == "velocity" else f"{self.scheme}, along the sample"
+        return f"finite differences ({kind}, h={self.step:g} t)"
 
     def __call__(
         self, f: Function, x: Tensor, t: Tensor, dxdt: Tensor, line: Tensor

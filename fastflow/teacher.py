@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,8 +16,6 @@ from fastflow.sampling import Denoiser
 
 TEACHER, GUIDE = "teacher", "guide"
 
-Conditional = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher(Part):
@@ -26,7 +23,7 @@ class Teacher(Part):
 
     D_g is the same model without its class (classifier-free guidance, arXiv 2207.12598; the
     unconditional row is all zeros), or a weaker model with the class (autoguidance, arXiv
-    2406.02507).
+    2406.02507). Augmented samples keep their labels for models that know of them (`augment_dim`).
 
     Attributes:
         source: the model: a denoiser, a velocity or a TrigFlow network of one time.
@@ -74,30 +71,40 @@ class Teacher(Part):
                     f"{name}: cond_dim {network.cond_dim} given, accepted: {student.cond_dim}, "
                     f"that of the student"
                 )
+            if student.augment_dim and network.augment_dim not in (0, student.augment_dim):
+                raise ConfigError(
+                    f"{name}: augment_dim {network.augment_dim} given, accepted: 0 or "
+                    f"{student.augment_dim}, that of the student"
+                )
         if student.cond_dim == 0 and self.guide is None and self.guidance != 1:
             raise ConfigError(
                 f"method.teacher.guidance: {self.guidance} given without classes, accepted: 1; or "
                 f"train a network of classes (cond_dim), or name a weaker model (guide)"
             )
 
-    def denoiser(self, nets: Networks, path: Path, cond: Tensor | None) -> Denoiser:
+    def denoiser(
+        self, nets: Networks, path: Path, cond: Tensor | None, augment: Tensor | None = None
+    ) -> Denoiser:
         """D(x, t) [B, ...] for states and times of `path`, guided, without a graph.
 
         Args:
             nets: with the companions of this teacher.
             path: the interpolant of x and t; the teacher's own may be another.
             cond: class rows [B, cond_dim], or None.
+            augment: augmentation labels [B, augment_dim], or None.
         """
-        source = denoised_by(nets[TEACHER], path)
+        source = denoised_by(nets[TEACHER], path, cond, augment)
         if self.guidance == 1:
-            return torch.no_grad()(lambda x, t: source(x, t, cond))
-        guide, rows = source, None if cond is None else torch.zeros_like(cond)
+            return torch.no_grad()(source)
         if self.guide is not None:
-            guide, rows = denoised_by(nets[GUIDE], path), cond
+            guide = denoised_by(nets[GUIDE], path, cond, augment)
+        else:
+            rows = None if cond is None else torch.zeros_like(cond)
+            guide = denoised_by(nets[TEACHER], path, rows, augment)
 
         @torch.no_grad()
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            weak, strong = guide(x, t, rows), source(x, t, cond)
+            weak, strong = guide(x, t), source(x, t)
             out = weak + self.guidance * (strong - weak)
             if self.interval is None:
                 return out
@@ -124,20 +131,31 @@ def native_path(network: Network, name: str = "network") -> Path:
     )
 
 
-def denoised_by(network: Network, path: Path) -> Conditional:
-    """D(x, t, cond) of any network of one time, for states and times of any path.
+def denoised_by(
+    network: Network, path: Path, cond: Tensor | None = None, augment: Tensor | None = None
+) -> Denoiser:
+    """D(x, t) of any network, for states and times of any path.
 
     Paths agree at equal noise-to-signal ratio, where D is the same (arXiv 2206.00364, section 2).
+    A network of two times is asked at s = t, where its average velocity is that of the moment.
+
+    Args:
+        network: predicts a denoiser, a velocity or TrigFlow's F.
+        path: the interpolant of x and t.
+        cond: class rows [B, cond_dim], or None.
+        augment: augmentation labels [B, augment_dim], or None; not for networks without.
     """
     native = native_path(network)
     same = type(native) is type(path)
     if isinstance(native, TrigFlow) and isinstance(path, TrigFlow):
         same = native.sigma_data == path.sigma_data
+    labels = augment if network.augment_dim else None
 
-    def denoise(x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
         if not same:
             x, t = path.convert(x, t, native)
-        out: Tensor = network(x, t, cond=cond)
+        end = {"s": t} if network.two_times else {}
+        out: Tensor = network(x, t, cond=cond, augment=labels, **end)
         if network.predicts == "denoiser":
             return out
         velocity = out if network.predicts == "velocity" else network.sigma_data * out

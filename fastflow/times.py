@@ -194,6 +194,25 @@ class Uniform(TimeLaw):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UniformPower(TimeLaw):
+    """t^(1/rho) uniform: a Karras grid without gaps (arXiv 2303.01469, appendix B)."""
+
+    t_min: float = 0.002
+    t_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, rho=self.rho)
+        _check_range(self, self.t_min, self.t_max, 0.0)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        low, high = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
+        t: Tensor = (low + u * (high - low)) ** self.rho
+        return t.clamp(self.t_min, self.t_max)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogitNormal(TimeLaw):
     """t = t_min + (t_max - t_min) sigmoid(mean + std z), z ~ N(0, 1) (arXiv 2403.03206).
 

@@ -45,6 +45,7 @@ class _Wrapped(Network):
         self.sample_shape = tuple(model.sample_shape)
         self.cond_dim, self.augment_dim = model.cond_dim, model.augment_dim
         self.two_times, self.takes_guidance = model.two_times, model.takes_guidance
+        self.label_dropout = model.label_dropout
         self.has_logvar = logvar_head is not None
 
     def c_noise(self, t: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class EDM(FlowMapMethod):
     """A denoiser D(x, t), trained on pairs of noisy and clean samples.
 
     Attributes:
-        times: law of t; EDM's is the default, EDM2 on ImageNet-64 has mean -0.8 and std 1.6.
+        times: law of t; EDM's is the default; EDM2 has mean -0.8 and std 1.6 on ImageNet-64, -0.4
+            and 1.0 in the latents of ImageNet-512.
         weight: w(t); its second time is that of the clean sample, 0.
         sigma_max: the time at which sampling starts.
     """

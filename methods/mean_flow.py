@@ -43,8 +43,8 @@ class MeanFlow(FlowMapMethod):
         regression: the loss of u against its target; power 0.75 on CIFAR-10.
         warmup: factor on the derivative, from 0 (flow matching) to 1; the paper has none.
         least_gap: t - r counts as this much at least.
-        guidance: guidance built into training; needs classes, and drops labels itself: leave the
-            network's own label_dropout at 0. FastGen ignores its scale where it drops none.
+        guidance: guidance built into training; needs classes, and drops labels itself. FastGen
+            ignores its scale where it drops none.
         teacher: its velocity replaces v where given.
         engine: how du/dt is taken.
     """
@@ -72,6 +72,10 @@ class MeanFlow(FlowMapMethod):
             )
 
     @property
+    def title(self) -> str:
+        return super().title if self.engine.exact else f"{super().title}, {self.engine.name}"
+
+    @property
     def path(self) -> Path:
         return Linear()
 
@@ -81,10 +85,17 @@ class MeanFlow(FlowMapMethod):
     def check(self, nets: Networks) -> None:
         if self.teacher is not None:
             self.teacher.check(nets)
-        if self.guidance is not None and nets.student.cond_dim == 0:
+        if self.guidance is None:
+            return
+        if nets.student.cond_dim == 0:
             raise ConfigError(
                 "method.guidance: given without classes; leave it out, or train a network of "
                 "classes (cond_dim)"
+            )
+        if nets.student.label_dropout:
+            raise ConfigError(
+                f"network.model.label_dropout: {nets.student.label_dropout} given, accepted: 0, "
+                f"since method.guidance drops labels itself, and with them their guidance"
             )
 
     def average_velocity(
@@ -124,8 +135,8 @@ class MeanFlow(FlowMapMethod):
     ) -> tuple[Tensor, Tensor | None]:
         """The velocity to follow and the class rows to train with."""
         if self.teacher is not None:
-            denoised = self.teacher.denoiser(nets, self.path, batch.cond)(z, t)
-            return self.path.velocity_from_denoised(z, denoised, t), batch.cond
+            denoise = self.teacher.denoiser(nets, self.path, batch.cond, batch.augment)
+            return self.path.velocity_from_denoised(z, denoise(z, t), t), batch.cond
         if self.guidance is None or batch.cond is None:
             return v, batch.cond
 

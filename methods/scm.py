@@ -83,6 +83,10 @@ class SCM(FlowMapMethod):
         TrigFlow(sigma_data=self.sigma_data, sigma_max=self.sigma_max)  # raises if impossible
 
     @property
+    def title(self) -> str:
+        return super().title if self.engine.exact else f"{super().title}, {self.engine.name}"
+
+    @property
     def path(self) -> TrigFlow:
         return TrigFlow(sigma_data=self.sigma_data, sigma_max=self.sigma_max)
 
@@ -107,8 +111,8 @@ class SCM(FlowMapMethod):
         x = path.interpolate(batch.x, eps, t)
         dxdt = line = path.velocity(batch.x, eps, t)
         if self.teacher is not None:
-            denoised = self.teacher.denoiser(nets, path, batch.cond)(x, t)
-            dxdt = path.velocity_from_denoised(x, denoised, t)
+            denoise = self.teacher.denoiser(nets, path, batch.cond, batch.augment)
+            dxdt = path.velocity_from_denoised(x, denoise(x, t), t)
 
         def f(x: Tensor, t: Tensor) -> Tensor:
             out: Tensor = net(x, t, cond=batch.cond, augment=batch.augment)

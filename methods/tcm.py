@@ -123,7 +123,7 @@ class TCM(ConsistencyModel):
     def check(self, nets: Networks) -> None:
         super().check(nets)
         student, stage1 = nets.student, nets["stage1"]
-        for name in ("predicts", "sigma_data", "cond_dim", "two_times"):
+        for name in ("predicts", "sigma_data", "cond_dim", "augment_dim", "two_times"):
             wanted, given = getattr(student, name), getattr(stage1, name)
             if given != wanted:
                 raise ConfigError(

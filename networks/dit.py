@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from fastflow.errors import ConfigError
@@ -61,7 +60,7 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x), "b c y x -> b (y x) c")
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class ScalarEmbedder(nn.Module):
@@ -112,10 +111,10 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, h: Tensor) -> Tensor:
-        parts = "b n (three head c) -> three b head n c"
-        q, k, v = rearrange(self.qkv(h), parts, three=3, head=self.heads).unbind()
+        parts = self.qkv(h).unflatten(2, (3, self.heads, -1))  # [B, tokens, 3, heads, channels]
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind()
         out = attention(q, k, v, self.backend)
-        return self.proj(rearrange(out, "b head n c -> b n (head c)"))
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -315,10 +314,11 @@ class DiT(RawNetwork):
         h = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
             h = block(h, c)
-        patches = self.final_layer(h, c)
-        size = self.patch_size
-        image = "b (y x) (p q c) -> b c (y p) (x q)"
-        return rearrange(patches, image, y=self.side, p=size, q=size).to(x.dtype)
+        patches = self.final_layer(h, c)  # values of a patch: rows, columns, channels
+        tiles = patches.unflatten(2, (self.patch_size, self.patch_size, -1))
+        tiles = tiles.unflatten(1, (self.side, self.side))
+        image = tiles.permute(0, 5, 1, 3, 2, 4)  # [B, channels, side, patch_size, side, patch_size]
+        return image.flatten(4).flatten(2, 3).to(x.dtype)
 
 
 def _xavier(layer: nn.Linear | nn.Conv2d) -> None:

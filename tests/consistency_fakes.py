@@ -53,6 +53,18 @@ class StoredDraws(Draws):
         return self.levels[list(self.indices)]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class GivenNoise(Draws):
+    """Given noise [N, ...] beside the uniform numbers of ordinary draws."""
+
+    eps: Tensor | None = None
+
+    def normal(self, name, shape, dtype=torch.float32):
+        assert name == "eps"
+        assert self.eps is not None
+        return self.eps[list(self.indices)].to(dtype)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FixedPairs(Pairing):
     """Sample i has the times t[i] and r[i]."""
@@ -112,7 +124,7 @@ class Recording(Network):
 
     def forward(self, x, t, s=None, cond=None, augment=None, guidance=None):
         out = self.net(x, t, cond=cond, augment=augment)
-        self.calls.append({"x": x, "t": t, "cond": cond, "out": out})
+        self.calls.append({"x": x, "t": t, "cond": cond, "augment": augment, "out": out})
         return out
 
 
@@ -179,7 +191,13 @@ def randomised(net: nn.Module, seed: int = 0, std: float = 0.15) -> Any:
     return net
 
 
-def small_unet(seed: int = 0, dropout: float = 0.0, cond_dim: int = 0) -> EDMDenoiser:
+def small_unet(
+    seed: int = 0,
+    dropout: float = 0.0,
+    cond_dim: int = 0,
+    augment_dim: int = 0,
+    two_times: bool = False,
+) -> EDMDenoiser:
     """A DDPM++ for 8x8 grey images with random weights."""
     model = SongUNet(
         resolution=8,
@@ -191,6 +209,8 @@ def small_unet(seed: int = 0, dropout: float = 0.0, cond_dim: int = 0) -> EDMDen
         num_blocks=1,
         attn_resolutions=(),
         dropout=dropout,
+        augment_dim=augment_dim,
+        two_times=two_times,
     )
     return randomised(EDMDenoiser(model), seed)
 

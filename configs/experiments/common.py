@@ -24,6 +24,9 @@ START = {"start of sampling": "sigma 79.56 (FastGen), here 80"}
 
 SCALER = {"gradient scaler": "from 16, doubled every 20,000 steps; here from 65,536 and 2,000"}
 
+UNIFORM_TIMES = {steps: tuple(1 - k / steps for k in range(1, steps)) for steps in (2, 4, 8)}
+"""Intermediate times of MeanFlow: jumps of equal length, of which 2 steps are published."""
+
 EDM_CDN = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
 EDM2_CDN = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/"
 EDM_CIFAR10_WEIGHTS = EDM_CDN + "edm-cifar10-32x32-uncond-vp.pkl"

@@ -59,7 +59,8 @@ class Pairs(TangentEngine):
     About 1.5 times an ordinary step, at its memory: the value's graph is that of an ordinary
     forward pass, to the bit, and nothing of the tangents is kept. Works with dropout (one mask),
     autocast, fused attention, FSDP2 and non-reentrant checkpointing, whose inputs are kept with
-    their tangents. A function without a rule is refused by its name.
+    their tangents. A function without a rule is refused by its name, changes in place too; and so
+    is what would cut the graph of the value: an autograd.Function, reentrant checkpointing.
     """
 
     @property
@@ -238,17 +239,17 @@ def _check_arguments(primals: Sequence[Tensor], tangents: Sequence[Tensor | None
     if all(tangent is None for tangent in tangents):
         raise ConfigError("tangents: none given, accepted: at least one that is not None")
     for i, (primal, tangent) in enumerate(zip(primals, tangents, strict=True)):
+        if primal.ndim < 2 and primal.dtype in (torch.float16, torch.bfloat16):
+            raise ConfigError(
+                f"primals[{i}]: times in {primal.dtype} given, accepted: torch.float32 or "
+                f"torch.float64; a narrow type has rounded them"
+            )
         if tangent is None:
             continue
         if not primal.is_floating_point():
             raise ConfigError(
                 f"primals[{i}]: {primal.dtype} given with a tangent, accepted: a floating-point "
                 f"type; convert times with .float()"
-            )
-        if primal.ndim < 2 and primal.dtype in (torch.float16, torch.bfloat16):
-            raise ConfigError(
-                f"primals[{i}]: times in {primal.dtype} given, accepted: torch.float32 or "
-                f"torch.float64; a narrow type has rounded them"
             )
         if (tangent.shape, tangent.dtype) != (primal.shape, primal.dtype):
             raise ConfigError(

@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import torch
-from einops._backends import AbstractBackend
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -27,7 +26,8 @@ Rule = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]
 RULES: dict[str, Rule] = {}
 """By the function's `__name__`, which torch.f, torch.nn.functional.f and Tensor.f share."""
 
-_propagating: ContextVar[bool] = ContextVar("propagating", default=False)
+_gradients: ContextVar[bool | None] = ContextVar("gradients", default=None)
+"""Within `propagating`: whether gradients were on where it began."""
 
 
 @contextlib.contextmanager
@@ -36,11 +36,11 @@ def propagating() -> Iterator[None]:
 
     So a backward pass that computes activations anew (checkpointing) leaves the tangents out.
     """
-    token = _propagating.set(True)
+    token = _gradients.set(torch.is_grad_enabled())
     try:
         yield
     finally:
-        _propagating.reset(token)
+        _gradients.reset(token)
 
 
 # FSDP's hooks look for tensors inside of dataclasses and pytrees, and so does checkpointing: a
@@ -66,8 +66,11 @@ class Pair:
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if not _propagating.get():
+        gradients = _gradients.get()
+        if gradients is None:
             return function(*primals(args), **primals(kwargs))
+        if gradients and not torch.is_grad_enabled():
+            _refuse_without_graph()
         name = function.__name__
         if name not in RULES or kwargs.get("out") is not None:
             refuse(f"no rule for {name}()")
@@ -119,6 +122,14 @@ _OPERATORS: dict[str, Any] = {
     "__rpow__": torch.Tensor.__rpow__,
     "__matmul__": torch.Tensor.matmul,
     "__getitem__": torch.Tensor.__getitem__,
+    "__setitem__": torch.Tensor.__setitem__,
+    # No rule is for these. Left out, Python would put a new pair in the place of the changed one,
+    # and what else shares its memory would keep the old value.
+    "__iadd__": torch.Tensor.__iadd__,
+    "__isub__": torch.Tensor.__isub__,
+    "__imul__": torch.Tensor.__imul__,
+    "__itruediv__": torch.Tensor.__itruediv__,
+    "__ipow__": torch.Tensor.__ipow__,
     "__lt__": torch.Tensor.lt,
     "__le__": torch.Tensor.le,
     "__gt__": torch.Tensor.gt,
@@ -136,34 +147,6 @@ pytree.register_pytree_node(
     lambda parts, _: Pair(*parts),
     serialized_type_name="fastflow.tangent.Pair",
 )
-
-
-class _EinopsBackend(AbstractBackend):
-    """What einops' `rearrange`, `reduce` and `repeat` do with pairs; einops finds it by itself."""
-
-    framework_name = __name__  # einops asks whether this module is imported
-
-    def is_appropriate_type(self, tensor: object) -> bool:
-        return isinstance(tensor, Pair)
-
-    def transpose(self, x: Any, axes: Sequence[int]) -> Any:
-        return x.permute(axes)
-
-    def add_axes(self, x: Any, n_axes: int, pos2len: Mapping[int, int]) -> Any:
-        for position in pos2len:
-            x = x.unsqueeze(position)
-        return x.expand([pos2len.get(axis, -1) for axis in range(n_axes)])
-
-    def reduce(self, x: Any, operation: str, axes: Sequence[int]) -> Any:
-        if operation not in ("sum", "mean"):
-            refuse(f"no rule for einops.reduce(..., {operation!r})")
-        return getattr(x, operation)(dim=tuple(axes))
-
-    def stack_on_zeroth_dimension(self, tensors: list[Any]) -> Any:
-        return torch.stack(tensors)
-
-    def is_float_type(self, x: Any) -> bool:
-        return bool(x.primal.is_floating_point())
 
 
 def primals(value: Any) -> Any:
@@ -185,6 +168,19 @@ def holds_pair(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(holds_pair(item) for item in value)
     return isinstance(value, Pair)
+
+
+def _refuse_without_graph() -> NoReturn:
+    """Raise: the value would lack this part of its graph, and weights before it their gradient.
+
+    An autograd.Function takes pairs for mere objects, whose graph it does not record; reentrant
+    checkpointing is one.
+    """
+    raise ConfigError(
+        "engine Pairs: f switches gradients off inside (an autograd.Function, reentrant "
+        "checkpointing or no_grad), which would cut the graph of its value; use "
+        "engine=DualNumbers(), and use_reentrant=False for checkpointing"
+    )
 
 
 def refuse(what: str) -> NoReturn:

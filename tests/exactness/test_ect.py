@@ -404,6 +404,20 @@ def test_networks_that_do_not_fit_are_refused():
         method.check(nets)
 
 
+def test_sampling_may_land_above_0():
+    """The official evaluation; training does not know of it."""
+    shifted, net, x = ECT(shift=0.003), small_unet(), images(3)
+    t = f64(0.003, 1.0, 80.0)
+    out = shifted.flow_map(net, x, t, 0 * t)
+    assert torch.equal(out[0], x[0])
+    assert not torch.isclose(out[1], METHOD.flow_map(net, x, t, 0 * t)[1]).all()
+    losses = [m.loss(Networks(net), random_batch(x), now(ratio=0.5)) for m in (METHOD, shifted)]
+    assert torch.equal(losses[0].per_sample, losses[1].per_sample)
+    for wrong in (-0.1, 80.0):
+        with pytest.raises(ConfigError, match=f"ECT.shift: {wrong} given, accepted: from 0"):
+            ECT(shift=wrong)
+
+
 def test_the_default_weight_is_the_inverse_gap():
     assert METHOD.weight == InverseGap()
     assert METHOD.distance == PseudoHuber(c=0.0)

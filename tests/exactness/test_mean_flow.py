@@ -35,6 +35,7 @@ from fastflow.times import LogitNormal, PairLaw, Uniform
 from fastflow.wrappers import EDMDenoiser, VelocityNetwork
 from mean_flow_fakes import AverageVelocity, GivenTimes, Listening, batch_of, given_times
 from methods.mean_flow import MeanFlow, MeanFlowEDM
+from networks.dit import DiT
 from networks.mlp import ToyMLP
 
 LEAST_SQUARES = AdaptiveL2(power=0.0)
@@ -315,6 +316,15 @@ def test_engines_agree():
         torch.testing.assert_close(other, exact, rtol=0, atol=bound)
 
 
+def test_differences_are_named_where_the_method_is():
+    for engine in (Pairs(), DualNumbers(), FunctionalJVP()):
+        assert MeanFlow(engine=engine).title == "MeanFlow"
+    found = MeanFlowEDM(engine=FiniteDifference(step=1e-3, scheme="forward")).title
+    assert found == "MeanFlowEDM, finite differences (forward, h=0.001)"
+    found = MeanFlow(engine=BoundedDifference(step=1e-4)).title
+    assert found == "MeanFlow, finite differences (bounded, h=0.0001)"
+
+
 def test_bounded_difference_refuses():
     engine: TangentEngine = BoundedDifference(step=0.1)
     x, t = normal(2, 2), f64(0.5, 0.5)
@@ -544,6 +554,11 @@ def test_refused():
     with pytest.raises(ConfigError, match="without classes"):
         MeanFlow(guidance=guidance).check(Networks(toy()))
     MeanFlow(guidance=guidance).check(Networks(toy(cond_dim=2)))
+    model = DiT(resolution=4, hidden_size=8, depth=1, num_heads=1, cond_dim=2, label_dropout=0.1)
+    dropping = VelocityNetwork(model)
+    with pytest.raises(ConfigError, match=r"network.model.label_dropout: 0.1 given, accepted: 0,"):
+        MeanFlow(guidance=guidance).check(Networks(dropping))
+    MeanFlow().check(Networks(dropping))
     with pytest.raises(ConfigError, match="0 or more"):
         MeanFlow(least_gap=-1.0)
     for wrong in (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastflow.errors import ConfigError
-from fastflow.path import VE, VP, Linear, Path, TrigFlow, expand, vp_linear_betas
+from fastflow.path import VE, VP, Linear, Path, TrigFlow, expand, scaled, vp_linear_betas
 
 PATHS: dict[str, Path] = {
     "ve": VE(),
@@ -151,6 +151,21 @@ def test_ddim_is_a_euler_step_except_in_trigflow() -> None:
     v = trig.velocity_from_denoised(x, d, t)
     gap = expand(t - s, x)
     close(trig.ddim(x, d, t, s), torch.cos(gap) * x - torch.sin(gap) * v)
+
+
+@every_path
+def test_two_steps_are_one_with_a_target_of_its_own(path: Path) -> None:
+    """Progressive distillation: x0 = (x_s - b_s/b_t x_t) / (a_s - a_t b_s/b_t) leads to x_s."""
+    x, first, second = normal(*SHAPE), normal(*SHAPE, seed=1), normal(*SHAPE, seed=2)
+    t = interior_times(path)
+    m, s = path.t_of_nsr(path.nsr(t) * 0.7), path.t_of_nsr(path.nsr(t) * 0.4)
+    x_s = path.ddim(path.ddim(x, first, t, m), second, m, s)
+    kept = path.b(s) / path.b(t)
+    target = scaled(1 / (path.a(s) - path.a(t) * kept), x_s - scaled(kept, x))
+    close(path.ddim(x, target, t, s), x_s)
+    if isinstance(path, VE):
+        slope = (x_s - x) / expand(s - t, x)
+        close(target, path.denoised_from_velocity(x, slope, t))
 
 
 def test_reference_times() -> None:

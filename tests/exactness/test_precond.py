@@ -23,6 +23,7 @@ from fastflow.precond import (
 )
 from fastflow.raw import RawNetwork
 from fastflow.wrappers import EDMDenoiser
+from methods.ect import ECT
 from networks.song_unet import SongUNet
 from reference_data import reference
 
@@ -152,6 +153,9 @@ def test_ect_preconditioning_with_the_network(suffix: str) -> None:
         x, denoised, t, s_min=config["sigma_min"], sigma_data=config["sigma_data"]
     )
     ref.check(f"D_eval{suffix}", shifted)
+    method = ECT(shift=config["sigma_min"], sigma_data=config["sigma_data"])
+    with torch.no_grad():
+        ref.check(f"D_eval{suffix}", method.flow_map(net, x, t, torch.zeros_like(t), cond))
 
 
 def test_raw_output_round_trip() -> None:

@@ -348,6 +348,18 @@ def test_order_of_differences(scheme, order):
     assert (errors[0] / errors[1]).item() == pytest.approx(2**order, rel=0.15)
 
 
+def test_differences_are_named_where_the_method_is():
+    assert SCT.title == "SCM"
+    named = {
+        PathDifference(): "SCM, finite differences (central, h=0.001 t)",
+        PathDifference(scheme="backward", step=1e-4, follow="sample"): (
+            "SCM, finite differences (backward, along the sample, h=0.0001 t)"
+        ),
+    }
+    for engine, title in named.items():
+        assert dataclasses.replace(SCT, engine=engine).title == title
+
+
 def test_differences_follow_the_velocity_or_the_sample():
     net = trig_unet().double()
     x, t = images(6).double(), PATH.t_of_nsr(SIGMAS)

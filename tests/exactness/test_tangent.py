@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
@@ -27,6 +27,7 @@ from fastflow.tangent import (
     FunctionalJVP,
     Pairs,
     TangentEngine,
+    pairs,
     rules,
     value_and_jvp,
 )
@@ -349,25 +350,6 @@ def test_every_rule_is_tested() -> None:
     assert RULES.keys() - {"cuda"} == CASES.keys() | CONSTANTS.keys()
 
 
-EINOPS: list[Callable[[Any], Any]] = [
-    lambda x: rearrange(x, "b (h c) y x -> h b (y x) c", h=2),
-    lambda x: rearrange([x, C, x], "n b c y x -> b (n c) y x"),
-    lambda x: repeat(x, "b c y x -> b c (y two) x", two=2),
-    lambda x: reduce(x, "b c (y two) x -> b c y x", "mean", two=2),
-    lambda x: reduce(x, "b c y x -> b c", "sum"),
-]
-
-
-@pytest.mark.parametrize("number", range(len(EINOPS)))
-def test_einops(number: int) -> None:
-    agree(EINOPS[number], X)
-
-
-def test_einops_maximum_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"einops\.reduce.*'max'"):
-        value_and_jvp(lambda x: reduce(x, "b c y x -> b c", "max"), (X,), (Y,))
-
-
 def test_attention_in_parts_of_the_queries(monkeypatch) -> None:
     monkeypatch.setattr(rules, "_SCORES", 2 * 4 * 6 * 4 + 1)  # four of six queries at a time
     agree(CASES["scaled_dot_product_attention"][0], X, Y)
@@ -500,6 +482,81 @@ def test_recomputed_activations_come_without_tangents(monkeypatch) -> None:
 def test_what_has_no_rule_is_named(f: Callable[[Any], Any], named: str) -> None:
     with pytest.raises(ConfigError, match=rf"engine Pairs: .*{named}.*use engine=DualNumbers\(\)"):
         value_and_jvp(f, (X,), (Y,))
+
+
+def added_in_place(x: Any) -> Any:
+    """Twice x + 1: the sum is written into the memory of x."""
+    view = x.view(-1)
+    view += 1
+    return 2 * x
+
+
+def written(x: Any) -> Any:
+    y = 0 * x
+    y[:1] = x[:1]
+    return y
+
+
+@pytest.mark.parametrize(
+    ("f", "named"),
+    [
+        (added_in_place, "__iadd__"),
+        (lambda x: operator.isub(1 * x, 1), "__isub__"),
+        (lambda x: operator.imul(1 * x, 2), "__imul__"),
+        (lambda x: operator.itruediv(1 * x, 2), "__idiv__"),
+        (lambda x: operator.ipow(1 * x, 2), "pow_"),
+        (written, "__setitem__"),
+    ],
+)
+def test_changes_in_place_are_refused(f: Callable[[Any], Any], named: str) -> None:
+    """A new pair in the place of the old one would give what shares its memory another value."""
+    assert torch.equal(added_in_place(X.clone()), 2 * (X + 1))
+    with pytest.raises(ConfigError, match=rf"engine Pairs: no rule for {named}\(\)"):
+        value_and_jvp(f, (X,), (Y,))
+
+
+class Square(torch.autograd.Function):
+    """Opaque: no rule, and for torch a forward pass without gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        ctx.x = x
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return 2 * ctx.x * grads[0]
+
+
+def reentrant(layer: nn.Module) -> Callable[[Any], Any]:
+    return lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
+
+
+def without_gradient(layer: nn.Module) -> Callable[[Any], Any]:
+    return lambda x: torch.no_grad()(layer)(x)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(
+    "hide", [lambda layer: lambda x: Square.apply(layer(x)), reentrant, without_gradient]
+)
+def test_a_graph_that_would_be_cut_is_refused(hide: Callable[..., Any], monkeypatch) -> None:
+    """Pairs are objects to an autograd.Function: the weights before it would get no gradient."""
+    first, last = nn.Linear(2, 2), nn.Linear(2, 2)
+    hidden, x = hide(first), POINTS[0]
+
+    def f(x: Any) -> Any:
+        return last(hidden(x))
+
+    with pytest.raises(ConfigError, match=r"gradients off inside.*DualNumbers\(\).*use_reentrant"):
+        value_and_jvp(f, (x,), (x,))
+    with torch.no_grad():  # without gradients there is nothing to lose
+        value_and_jvp(f, (x,), (x,))
+    # What the guard is for: without it training goes on, and the first layer stays as it is.
+    monkeypatch.setattr(pairs, "_refuse_without_graph", lambda: None)
+    value_and_jvp(f, (x,), (x,))[0].sum().backward()
+    assert last.weight.grad is not None
+    assert first.weight.grad is None
 
 
 def test_a_number_cannot_be_made_of_a_pair() -> None:
@@ -834,6 +891,7 @@ BF16 = torch.bfloat16
         ((POINTS[0], torch.arange(4)), (None, torch.ones(4)), r"primals\[1\]: torch.int64"),
         ((POINTS[0], POINTS[1].to(BF16)), (None, torch.ones(4, dtype=BF16)), "times in torch.bfl"),
         ((POINTS[0], POINTS[1].half()), (None, torch.ones(4).half()), "times in torch.float16"),
+        ((POINTS[0], POINTS[1].to(BF16)), (POINTS[0], None), "times in torch.bfloat16"),
         (POINTS, (DIRECTIONS[0], torch.ones(4, 1)), r"tangents\[1\]: \(4, 1\).*\(4,\)"),
         (POINTS, (DIRECTIONS[0].double(), None), r"tangents\[0\]:.*float64.*float32"),
     ],
@@ -861,6 +919,15 @@ def test_integers_without_tangent_and_narrow_states_are_accepted() -> None:
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # outputs that are views
 def test_sharded_networks_give_the_gradients_of_whole_ones() -> None:
     check_sharded(0, 1, dist.HashStore())
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_pairs_that_hooks_cannot_look_into_fail_the_comparison(monkeypatch) -> None:
+    """Why pairs are dataclasses and pytrees: hooks of sharded blocks must find the graph."""
+    monkeypatch.delitem(pytree.SUPPORTED_NODES, Pair)
+    monkeypatch.delattr(Pair, "__dataclass_fields__")
+    with pytest.raises(RuntimeError):
+        check_sharded(0, 1, dist.HashStore())
 
 
 @pytest.mark.dist

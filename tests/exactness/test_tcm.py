@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from consistency_fakes import (
@@ -273,6 +275,13 @@ def test_official_times(case):
     ends = law.quantile(f64(1e-16, 1 - 1e-16))
     assert p["lo"] <= ends.min()
     assert ends.max() <= p["hi"]
+
+
+def test_official_times_from_the_same_numbers():
+    """Theirs are uniform between the levels of both ends, the lower one of which is 1/2."""
+    u = TIMES["0.u"]
+    top = stats.t.cdf(math.log(80.0) / 0.2, 0.01)
+    TIMES.check("0.log_t", METHOD.times.quantile((u - 0.5) / (top - 0.5)).log())
 
 
 # NVlabs/FastGen
@@ -672,6 +681,8 @@ def test_a_first_stage_that_does_not_fit_is_refused():
     METHOD.check(Networks(student, {"stage1": small_unet(cond_dim=3)}))
     with pytest.raises(ConfigError, match="stage1: cond_dim 0 given, accepted: 3"):
         METHOD.check(Networks(student, {"stage1": small_unet()}))
+    with pytest.raises(ConfigError, match="stage1: augment_dim 2 given, accepted: 0"):
+        METHOD.check(Networks(student, {"stage1": small_unet(cond_dim=3, augment_dim=2)}))
     other = small_unet(cond_dim=3)
     other.sigma_data = 1.0
     with pytest.raises(ConfigError, match=r"stage1: sigma_data 1.0 given, accepted: 0.5"):

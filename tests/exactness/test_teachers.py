@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,20 +21,26 @@ from consistency_fakes import (
     small_unet,
     stored_batch,
 )
-from fastflow.consistency import Euler, Heun
+from fastflow.consistency import Euler, Heun, RatioPairing
 from fastflow.errors import ConfigError
 from fastflow.generate import default_times, generate
-from fastflow.method import Frozen, Networks
+from fastflow.method import FlowMapMethod, Frozen, Networks
 from fastflow.network import Network
 from fastflow.oracle import Gaussian
 from fastflow.path import VE, Linear, Path, TrigFlow, scaled
 from fastflow.rng import SampleNoise
 from fastflow.sampling import ode_euler
+from fastflow.schedules import ConstantRatio, LinearRamp
+from fastflow.tangent import Pairs, TangentEngine
 from fastflow.teacher import Teacher, denoised_by, native_path
 from fastflow.times import LogitNormal, Uniform
 from fastflow.wrappers import EDMDenoiser, TrigFlowNetwork, VelocityNetwork
+from mean_flow_fakes import given_times
+from methods.cm import CM
 from methods.ect import ECT
 from methods.flow_matching import FlowMatching
+from methods.mean_flow import MeanFlow
+from methods.scm import SCM
 from networks.mlp import ToyMLP
 
 ANY_SOURCE = Frozen(weights="unused: tests hand the teacher over")
@@ -167,7 +175,7 @@ def mlp(wrapper, **kwargs) -> Network:
 def test_a_velocity_teacher_on_the_ve_path():
     """sigma -> t = sigma/(1 + sigma), x -> x/(1 + sigma), D = x - t v there."""
     net, x, sigma = mlp(VelocityNetwork), normal(5, 2) * 3, f64(0.002, 0.1, 1.0, 9.0, 80.0)
-    out = denoised_by(net, VE())(x, sigma, None)
+    out = denoised_by(net, VE())(x, sigma)
     t = sigma / (1 + sigma)
     linear = x / (1 + sigma)[:, None]
     expected = linear - t[:, None] * net(linear, t)
@@ -177,7 +185,7 @@ def test_a_velocity_teacher_on_the_ve_path():
 def test_a_denoiser_teacher_on_the_linear_path():
     """t -> sigma = t/(1 - t), x -> x/(1 - t)."""
     net, x, t = mlp(EDMDenoiser), normal(5, 2), f64(0.002, 0.1, 0.5, 0.9, 0.9876543)
-    out = denoised_by(net, Linear())(x, t, None)
+    out = denoised_by(net, Linear())(x, t)
     expected = net(x / (1 - t)[:, None], t / (1 - t))
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     # The velocity it teaches there is (x - D)/t.
@@ -189,7 +197,7 @@ def test_a_denoiser_teacher_on_the_linear_path():
 def test_a_denoiser_teacher_on_the_trigflow_path(sd):
     """t -> sigma = sd tan t, x -> x/cos t."""
     net, x, t = mlp(EDMDenoiser), normal(5, 2), f64(0.004, 0.3, 0.8, 1.3, 1.5645464)
-    out = denoised_by(net, TrigFlow(sigma_data=sd))(x, t, None)
+    out = denoised_by(net, TrigFlow(sigma_data=sd))(x, t)
     expected = net(x / t.cos()[:, None], sd * t.tan())
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
 
@@ -200,7 +208,7 @@ def test_a_velocity_teacher_on_the_trigflow_path():
     x_fm = normal(4, 2)
     t = torch.atan(u / ((1 - u) * sd))
     x = x_fm * (sd / (sd**2 * (1 - u) ** 2 + u**2).sqrt())[:, None]
-    out = denoised_by(net, TrigFlow(sigma_data=sd))(x, t, None)
+    out = denoised_by(net, TrigFlow(sigma_data=sd))(x, t)
     torch.testing.assert_close(out, x_fm - u[:, None] * net(x_fm, u), rtol=1e-11, atol=1e-11)
 
 
@@ -211,7 +219,7 @@ def test_a_trigflow_teacher_is_the_denoiser_of_the_same_model():
     plain = EDMDenoiser(model, sigma_data=0.5)
     x, sigma = normal(4, 2) * 2, f64(0.01, 0.5, 3.0, 70.0)
     torch.testing.assert_close(
-        denoised_by(trig, VE())(x, sigma, None), plain(x, sigma), rtol=1e-11, atol=1e-11
+        denoised_by(trig, VE())(x, sigma), plain(x, sigma), rtol=1e-11, atol=1e-11
     )
 
 
@@ -220,7 +228,7 @@ def test_a_network_on_its_own_path_is_asked_as_it_is():
     net = Recording(small_unet(cond_dim=3))
     x, cond = normal(3, 1, 8, 8).float(), torch.eye(3)
     t = f64(0.3, 2.0, 20.0)
-    out = denoised_by(net, VE(sigma_min=0.1, sigma_max=50.0))(x, t, cond)
+    out = denoised_by(net, VE(sigma_min=0.1, sigma_max=50.0), cond)(x, t)
     (call,) = net.calls
     assert call["x"] is x
     assert call["t"] is t
@@ -251,6 +259,131 @@ def test_distillation_takes_any_kind_of_teacher(kind, step, error):
     assert (target["x"] - exact).norm() < error * moved
 
 
+# Each kind of teacher with each kind of guidance, in each method that distils
+
+
+LABELS, W = torch.eye(3, dtype=torch.float64)[[0, 2, 1, 0]], 2.5
+WRAPPERS = {"EDM": EDMDenoiser, "flow matching": VelocityNetwork, "TrigFlow": TrigFlowNetwork}
+
+
+def class_mlp(wrapper: Callable[..., Network], seed: int, **kwargs) -> Network:
+    model = ToyMLP(data_dim=2, width=16, depth=1, cond_dim=3, **kwargs)
+    return randomised(wrapper(model), seed, std=0.5).double()
+
+
+def denoised_by_hand(net: Network, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
+    """D of x0 + sigma eps by the formulas of each path, all written out."""
+    if net.predicts == "denoiser":
+        return net(x, sigma, cond=cond)
+    if net.predicts == "velocity":
+        t = sigma / (1 + sigma)
+        linear = scaled(1 - t, x)
+        return linear - scaled(t, net(linear, t, cond=cond))
+    t = torch.atan(sigma / 0.5)
+    turned = scaled(torch.cos(t), x)
+    return scaled(torch.cos(t), turned) - scaled(torch.sin(t), 0.5 * net(turned, t, cond=cond))
+
+
+def guided_by_hand(nets: Networks, auto: bool, x: Tensor, sigma: Tensor) -> Tensor:
+    strong = denoised_by_hand(nets["teacher"], x, sigma, LABELS)
+    if auto:
+        weak = denoised_by_hand(nets["guide"], x, sigma, LABELS)
+    else:
+        weak = denoised_by_hand(nets["teacher"], x, sigma, torch.zeros_like(LABELS))
+    return weak + W * (strong - weak)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Along(TangentEngine):
+    """The exact derivative, whose direction is kept."""
+
+    seen: list[Tensor] = dataclasses.field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return "along"
+
+    def __call__(self, f, primals, tangents):
+        self.seen.append(tangents[0])
+        return Pairs()(f, primals, tangents)
+
+
+@pytest.mark.parametrize("auto", [False, True], ids=["classifier-free", "autoguidance"])
+@pytest.mark.parametrize("kind", WRAPPERS)
+@pytest.mark.parametrize("name", ["CD", "ECD", "sCD", "MeanFlow"])
+def test_guided_teachers_of_each_kind_in_each_distillation(name, kind, auto):
+    """What the student follows is the guided model's path, computed by hand."""
+    companions = {n: class_mlp(WRAPPERS[kind], i) for i, n in enumerate(("teacher", "guide"))}
+    spec = Teacher(source=ANY_SOURCE, guidance=W, guide=WEAKER if auto else None)
+    sigma, x0, eps = f64(0.05, 0.4, 2.0, 30.0), normal(4, 2), normal(4, 2, seed=1)
+    engine = Along()
+
+    def run(method: FlowMapMethod, student: Network, t: Tensor) -> Networks:
+        nets = Networks(student, companions)
+        method.check(nets)
+        batch = stored_batch(x0, eps, t, cond=LABELS)
+        method.loss(nets, batch, now(ratio=0.99)).per_sample.mean().backward()
+        assert all(p.grad is None for net in companions.values() for p in net.parameters())
+        return nets
+
+    if name in ("CD", "ECD"):
+        parts = {"times": AsDrawn(), "gap": ConstantRatio()}
+        pairs = RatioPairing(**parts)
+        cd = CM(pairs=pairs, teacher=spec, step=Euler(), boundary=0.0)
+        ecd = ECT(**parts, teacher=spec, step=Euler())
+        student = Recording(class_mlp(EDMDenoiser, 7))
+        student.cond_dim, student.sigma_data = 3, 0.5
+        nets = run(cd if name == "CD" else ecd, student, sigma)
+        x, t = x0 + scaled(sigma, eps), sigma
+        denoised = guided_by_hand(nets, auto, x, sigma)
+        expected = denoised + scaled(f64(0.99).expand(4), x - denoised)
+        found = student.calls[1]["x"]
+    elif name == "sCD":
+        t = torch.atan(sigma / 0.5)
+        scd = SCM(times=AsDrawn(), teacher=spec, warmup=LinearRamp(steps=0), engine=engine)
+        nets = run(scd, class_mlp(TrigFlowNetwork, 7), sigma)
+        x = TrigFlow().interpolate(x0, eps, t)
+        denoised = guided_by_hand(nets, auto, scaled(1 / torch.cos(t), x), sigma)
+        expected = scaled(1 / torch.sin(t), scaled(torch.cos(t), x) - denoised)
+        found = scaled(1 / (torch.cos(t) * torch.sin(t)), engine.seen[0])
+    else:
+        t = sigma / (1 + sigma)
+        mean_flow = MeanFlow(times=given_times(t, t / 2), teacher=spec, engine=engine)
+        nets = run(mean_flow, class_mlp(VelocityNetwork, 7, two_times=True), t)
+        x = Linear().interpolate(x0, eps, t)
+        denoised = guided_by_hand(nets, auto, scaled(1 / (1 - t), x), sigma)
+        expected = scaled(1 / t, x - denoised)
+        found = engine.seen[0]
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_augmented_samples_keep_their_labels_for_teachers_that_know_them():
+    """x_t comes from an augmented sample, which a teacher without its label would undo."""
+    labels, batch = torch.eye(2)[[0, 1, 1]], random_batch(normal(3, 1, 8, 8).float())
+    batch = dataclasses.replace(batch, augment=labels)
+    methods: list[FlowMapMethod] = [
+        CM(pairs=RatioPairing(times=Uniform(t_min=0.1), gap=ConstantRatio()), boundary=0.0),
+        ECT(),
+        SCM(),
+        MeanFlow(),
+    ]
+    for method in methods:
+        spec = Teacher(source=ANY_SOURCE, guidance=2.0, guide=WEAKER)
+        distilled = dataclasses.replace(method, teacher=spec)
+        knows, plain = (Recording(small_unet(i, augment_dim=2 * i)) for i in (1, 0))
+        knows.augment_dim = 2
+        model = small_unet(2, augment_dim=2, two_times=method.two_times).model
+        student = {"trigflow": TrigFlowNetwork, "velocity": VelocityNetwork}.get(
+            method.expects, EDMDenoiser
+        )(model)
+        nets = Networks(student, {"teacher": knows, "guide": plain})
+        distilled.check(nets)
+        distilled.loss(nets, batch, now(ratio=0.9))
+        assert all(torch.equal(call["augment"], labels) for call in knows.calls)
+        assert all(call["augment"] is None for call in plain.calls)
+        assert len(knows.calls) == len(plain.calls) > 0
+
+
 # What does not fit
 
 
@@ -261,6 +394,10 @@ def refused(text: str, student: Network, teacher: Network, guide: Network | None
         spec.check(Networks(student, companions))
 
 
+def augmented(width: int) -> Network:
+    return small_unet(augment_dim=width)
+
+
 def test_teachers_that_do_not_fit_are_refused():
     plain, classes = small_unet(), small_unet(cond_dim=3)
     refused("teacher: cond_dim 0 given, accepted: 3, that of the student", classes, plain)
@@ -269,6 +406,7 @@ def test_teachers_that_do_not_fit_are_refused():
     refused("guidance: 2.0 given without classes", plain, classes, guidance=2.0)
     refused("teacher: predicts 'score'", plain, OnPath("score", VE()))
     refused("guide: predicts 'score'", plain, plain, OnPath("score", VE()), guidance=2.0)
+    refused("teacher: augment_dim 3 given, accepted: 0 or 2", augmented(2), augmented(3))
     two_times = EDMDenoiser(ToyMLP(data_dim=2, width=16, depth=1, two_times=True))
     refused("teacher: a network of two times given, accepted: of one time", plain, two_times)
 
@@ -276,6 +414,9 @@ def test_teachers_that_do_not_fit_are_refused():
 def test_teachers_that_fit():
     plain, classes = small_unet(), small_unet(cond_dim=3)
     Teacher(source=ANY_SOURCE).check(Networks(plain, {"teacher": classes}))
+    for student, teacher in ((0, 2), (2, 0), (2, 2)):
+        nets = Networks(augmented(student), {"teacher": augmented(teacher)})
+        Teacher(source=ANY_SOURCE).check(nets)
     Teacher(source=ANY_SOURCE, guidance=2.0).check(Networks(classes, {"teacher": classes}))
     auto = Teacher(source=ANY_SOURCE, guidance=2.0, guide=WEAKER)
     auto.check(Networks(plain, {"teacher": plain, "guide": plain}))

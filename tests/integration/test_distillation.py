@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +15,28 @@ from callbacks.ct_schedule import CTScheduleCallback
 from consistency_fakes import GaussianTeacher
 from fastflow.config import lazy
 from fastflow.consistency import Euler, GridPairing, Heun, TeacherStep
+from fastflow.data.toy import GaussianMixture2D
+from fastflow.distributed import World
 from fastflow.errors import CheckpointError, ConfigError
+from fastflow.evaluation.evaluate import evaluate
 from fastflow.experiment import Experiment
 from fastflow.method import Frozen
 from fastflow.model import Model
 from fastflow.network import Network
+from fastflow.path_difference import PathDifference
 from fastflow.schedules import AdaptiveDecay, SqrtDiscretization
+from fastflow.summary import start
+from fastflow.tangent import FiniteDifference
 from fastflow.teacher import Teacher
 from fastflow.trainer import Trainer
+from fastflow.wrappers import EDMDenoiser, TrigFlowNetwork, VelocityNetwork
 from methods.cm import CM
 from methods.edm import EDM
+from methods.flow_matching import FlowMatching
+from methods.mean_flow import MeanFlow
+from methods.scm import SCM
+from networks.edm2 import LogVariance
+from networks.mlp import ToyMLP
 from tiny import OBSERVERS, drivers, toy, train, without_observers
 
 N_OF_STEP = lazy(CTScheduleCallback, schedule=SqrtDiscretization(s0=2, s1=10))
@@ -128,3 +141,82 @@ def test_a_denoiser_samples_along_the_ode(edm_run):
     assert one.shape == many.shape == (4, 2)
     assert not torch.allclose(one, many)
     torch.testing.assert_close(many[:2], model.sample(range(2), steps=8))
+
+
+# Both kinds of teachers, trained with classes, guide every distillation
+
+CLASSES = {"data_dim": 2, "width": 16, "depth": 2, "cond_dim": 4}
+DENOISER = lazy(EDMDenoiser, model=lazy(ToyMLP, **CLASSES), logvar_head=lazy(LogVariance))
+VELOCITY = lazy(VelocityNetwork, model=lazy(ToyMLP, **CLASSES))
+WEAK = lazy(EDMDenoiser, model=lazy(ToyMLP, **{**CLASSES, "width": 8}))
+PLAIN = drivers(N_OF_STEP)[1:]  # these methods read no curriculum
+TEACHERS = {"edm": (EDM(), DENOISER), "fm": (FlowMatching(), VELOCITY), "weak": (EDM(), WEAK)}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> dict[str, Frozen]:
+    """Models of the toy data, trained until they know of its classes."""
+    folder = tmp_path_factory.mktemp("teachers")
+    adam = lazy(torch.optim.Adam, lr=0.03)
+    for name, (method, network) in TEACHERS.items():
+        made = toy(name=name, method=method, network=network, callbacks=PLAIN, optimizer=adam)
+        train(made, folder / name)
+    return {
+        name: Frozen(weights=str(folder / name), network=network)
+        for name, (_, network) in TEACHERS.items()
+    }
+
+
+TRIGFLOW = lazy(TrigFlowNetwork, model=lazy(ToyMLP, **CLASSES), logvar_head=lazy(LogVariance))
+AVERAGE = lazy(VelocityNetwork, model=lazy(ToyMLP, **CLASSES, two_times=True))
+
+
+def student_of(name: str, teacher: Teacher) -> Experiment:
+    if name == "CD":
+        changes = {
+            "method": CM(pairs=GridPairing(), teacher=teacher),
+            "network": lazy(EDMDenoiser, model=lazy(ToyMLP, **CLASSES)),
+            "callbacks": drivers(N_OF_STEP),
+        }
+    elif name == "sCD":
+        changes = {"method": SCM(teacher=teacher), "network": TRIGFLOW, "callbacks": PLAIN}
+    else:
+        changes = {"method": MeanFlow(teacher=teacher), "network": AVERAGE, "callbacks": PLAIN}
+    return toy(name="guided", steps=2, **changes)
+
+
+@pytest.mark.parametrize("guide", [None, "weak"], ids=["classifier-free", "autoguidance"])
+@pytest.mark.parametrize("source", ["edm", "fm"])
+@pytest.mark.parametrize("name", ["CD", "sCD", "MeanFlow"])
+def test_trained_teachers_guide_each_distillation(name, source, guide, teachers, tmp_path):
+    losses = []
+    for scale in (2.0, 4.0):
+        spec = Teacher(
+            source=teachers[source], guidance=scale, guide=teachers[guide] if guide else None
+        )
+        run_dir = tmp_path / f"{scale:g}"
+        state = train(student_of(name, spec), run_dir)
+        assert bool(state.loss.per_sample.isfinite().all())
+        losses.append(state.loss.per_sample)
+        assert Model.load(run_dir).sample(range(2), steps=2).shape == (2, 2)
+    assert not torch.allclose(*losses)
+
+
+def test_results_tell_of_finite_differences(tmp_path):
+    """What is not exact is marked where a run begins and in each row of its results."""
+    titles = {
+        MeanFlow(engine=FiniteDifference(step=1e-3)): "finite differences (central, h=0.001)",
+        SCM(engine=PathDifference()): "finite differences (central, h=0.001 t)",
+        MeanFlow(): "",
+    }
+    for number, (method, mark) in enumerate(titles.items()):
+        network = TRIGFLOW if isinstance(method, SCM) else AVERAGE
+        made = toy(name="marked", method=method, network=network, callbacks=PLAIN, steps=1)
+        trainer = Trainer(made, tmp_path / str(number))
+        name = type(method).__name__ + (f", {mark}" if mark else "")
+        assert f" {name}\n" in start(trainer)
+        trainer.fit()
+        model = Model.load(tmp_path / str(number))
+        few = dataclasses.replace(made.evaluation, samples=16, steps=(1,))
+        rows = evaluate(model, few, GaussianMixture2D(modes=4, size=64), World())
+        assert {row.method for row in rows} == {name}

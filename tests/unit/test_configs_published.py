@@ -30,7 +30,7 @@ PATHS = {
     for path in sorted((FOLDER / family).glob("config_*.py"))
 }
 
-CONST, POWER = (0.9999, 0.99995, 0.9996), (96.99, 16.97, 6.94)
+CONST, POWER, TCM = (0.9999, 0.99995, 0.9996), (96.99, 16.97, 6.94), (16.97, 96.99, 6.94)
 
 # name: batch, steps, Mimg, optimizer, lr, betas, eps, lr law, dropout, EMAs, precision, clip
 TRAINING: dict[str, tuple[Any, ...]] = {
@@ -49,8 +49,8 @@ TRAINING: dict[str, tuple[Any, ...]] = {
     "cm_s": (1024, 150_000, 153.6, "Adam", 1e-3, 0.99, 1e-8, 2000, 0.4, POWER, "fp32", 1e6),
     "cm_xl": (1024, 150_000, 153.6, "Adam", 7e-4, 0.99, 1e-8, 2000, 0.5, POWER, "fp32", 1e6),
     "scm_xl": (2048, 400_000, 819.2, "Adam", 7e-5, 0.99, 1e-11, 35_000, 0.45, POWER, "fp16", 1e6),
-    "tcm_s": (1024, 400_000, 409.6, "Adam", 5e-4, 0.99, 1e-8, 8000, 0.4, POWER, "fp16", 1e6),
-    "tcm_xl": (1024, 400_000, 409.6, "Adam", 1e-4, 0.99, 1e-8, 8000, 0.5, POWER, "fp16", 1e6),
+    "tcm_s": (1024, 400_000, 409.6, "Adam", 5e-4, 0.99, 1e-8, 8000, 0.4, TCM, "fp16", 1e6),
+    "tcm_xl": (1024, 400_000, 409.6, "Adam", 1e-4, 0.99, 1e-8, 8000, 0.5, TCM, "fp16", 1e6),
     "ict_s": (4096, 800_000, 3276.8, "Adam", 1e-3, 0.99, 1e-8, 2000, 0.4, 0.99997, "fp32", 1e6),
     "mf_b": (1024, 1_200_000, 1228.8, "Adam", 1e-4, 0.95, 1e-8, 0, None, CONST, "bf16", 1e6),
     "mf_xl": (1024, 1_200_000, 1228.8, "Adam", 1e-4, 0.95, 1e-8, 0, None, CONST, "bf16", 1e6),
@@ -245,6 +245,7 @@ def test_ratio_distance_and_weight(name):
     gap = method.pairs.gap if hasattr(method, "pairs") else method.gap
     assert (gap.k, gap.b) == (8.0, 1.0)
     assert method.s_min == 0
+    assert getattr(method, "shift", 0.0) == (0.003 if name == "ect_cifar10" else 0.0)
 
 
 @pytest.mark.parametrize("name", TIMES)
@@ -364,9 +365,53 @@ def test_weights_are_official_files_or_runs_that_are_trained_first(name):
     )
 
 
+@each
+def test_it_is_measured_as_published_figures_are(name):
+    """Three blocks of 50,000 seeds, classes at random; the times of two steps are published."""
+    evaluation, method = EXPERIMENTS[name].evaluation, type(EXPERIMENTS[name].method).__name__
+    assert (evaluation.samples, evaluation.blocks, evaluation.labels) == (50_000, 3, "random")
+    assert evaluation.quantisation == "truncate"
+    if method not in ("EDM", "FlowMatching"):
+        assert evaluation.steps == (1, 2, 4, 8)
+        assert 2 in evaluation.times
+    if method == "MeanFlow":
+        assert evaluation.times[4] == (0.75, 0.5, 0.25)
+        assert evaluation.times[8][-1] == 0.125
+
+
+README = (ROOT / "methods" / "README.md").read_text()
+
+
 def test_the_readme_has_each_expected_value():
-    text = (ROOT / "methods" / "README.md").read_text()
     for name, rows in EXPECTED.items():
-        (line,) = (line for line in text.splitlines() if f"/config_{name}.py`" in line)
+        (line,) = (line for line in README.splitlines() if f"/config_{name}.py`" in line)
         for steps, value in rows:
             assert f"{value:.2f}" in line, (name, steps, value)
+
+
+@pytest.mark.parametrize(
+    ("row", "one", "two"),
+    [
+        ("CD with LPIPS (none) | CIFAR-10", "3.55", "2.93"),
+        ("CT with LPIPS (none) | CIFAR-10", "8.70", "5.83"),
+        ("CD with LPIPS (none) | ImageNet-64", "6.20", "4.70"),
+        ("CT with LPIPS (none) | ImageNet-64", "13.0", "11.1"),
+    ],
+)
+def test_the_readme_has_rows_without_a_configuration(row, one, two):
+    (line,) = (line for line in README.splitlines() if line.startswith(f"| {row}"))
+    assert [cell.strip() for cell in line.split("|")][3:5] == [f"{one} P", f"{two} P"]
+
+
+def test_the_readme_tells_of_every_method():
+    """Each class of a method has a row and a section, each section all six paragraphs."""
+    first = README.index("## The methods one by one")
+    last = README.index("## CM: one class, several papers")
+    sections = README[first:last].split("\n### ")[1:]
+    for section in sections:
+        for word in ("Idea", "Parameters", "Curriculum", "When", "Curves", "Traps"):
+            assert section.count(f"**{word}.** ") == 1, (section.splitlines()[0], word)
+    headings = " ".join(section.splitlines()[0].lower() for section in sections)
+    for path in sorted((ROOT / "methods").glob("[!_]*.py")):
+        assert README.count(f"| `methods/{path.name}` |") == 1
+        assert path.stem.replace("mean_flow", "meanflow").replace("_", " ") in headings

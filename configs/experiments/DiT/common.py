@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.optim import Adam
 
-from configs.experiments.common import CONSTANT_EMAS, callbacks
+from configs.experiments.common import CONSTANT_EMAS, UNIFORM_TIMES, callbacks
 from fastflow.config import lazy
 from fastflow.data.latents import LatentZip
 from fastflow.evaluation.spec import Evaluation
@@ -28,10 +28,10 @@ COMMON: Mapping[str, Any] = {
     "steps": 1_200_000,
     "precision": "bf16",
     "callbacks": callbacks(emas=CONSTANT_EMAS, log_every=1000, every=50_000, pictures=()),
-    "evaluation": Evaluation(metrics=(), steps=(1, 2, 4), times={2: (0.5,)}),
+    "evaluation": Evaluation(metrics=(), steps=(1, 2, 4, 8), times=UNIFORM_TIMES, blocks=3),
     "published": {
         "start of sampling": "t 0.999 (FastGen), here 1",
-        "derivative": "float32 beside bf16 autocast, here under autocast too",
+        "derivative": "float32 beside bf16 autocast; here bf16 as well, unless precision=fp32",
         "data": "a new sample of each latent's distribution at every visit, here always the same",
     },
 }

@@ -10,7 +10,7 @@ Expected FID: 2.82 in one step (FastGen), 2.92 (the paper). Cost: 1 million step
 
 from torch.optim import Adam
 
-from configs.experiments.common import CONSTANT_EMAS, callbacks
+from configs.experiments.common import CONSTANT_EMAS, UNIFORM_TIMES, callbacks
 from configs.experiments.EDM.common import CIFAR10, evaluation
 from fastflow.config import lazy
 from fastflow.data.augment import MEANFLOW_CIFAR10
@@ -45,7 +45,7 @@ def experiment() -> Experiment:
         batch_size=1024,
         steps=1_000_000,
         callbacks=callbacks(emas=CONSTANT_EMAS, log_every=1000, every=50_000),
-        evaluation=evaluation({2: (0.5,)}),
+        evaluation=evaluation(UNIFORM_TIMES),
         expected=(
             Expected(steps=1, value=2.82, source="FastGen"),
             Expected(steps=1, value=2.92, source="MeanFlow, arXiv 2505.13447", note="800k steps"),

@@ -54,7 +54,7 @@ def experiment() -> Experiment:
         expected=(PAPER(steps=1, value=2.44), PAPER(steps=2, value=1.66)),
         published={
             "init_from": EDM_IMAGENET64_WEIGHTS,
-            "derivative": "float32 beside bf16 autocast, here under autocast too",
+            "derivative": "float32 beside bf16 autocast; here bf16 as well, unless precision=fp32",
             "logvar_head": "linear in the U-Net's noise embedding, here in Fourier features",
             **START,
         },

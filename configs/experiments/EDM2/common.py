@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fastflow.config import Lazy, lazy
 from fastflow.consistency import InverseCout, PseudoHuber, RatioPairing
 from fastflow.data.edm_zip import ImageZip
+from fastflow.ema import PowerEMA
 from fastflow.evaluation.metrics import FID
 from fastflow.evaluation.spec import Evaluation
 from fastflow.schedules import RatioStages, SigmoidRatio
@@ -19,6 +20,10 @@ DATA = lazy(ImageZip, path="data/img64.zip")
 
 STAGES = RatioStages(q=4.0, kimg_per_stage=3200, limit=0.9961)
 """The ratio of CM."""
+
+
+TCM_EMAS = tuple(PowerEMA(gamma=gamma) for gamma in (16.97, 96.99, 6.94))
+"""Of FastGen's set the paper's own first, with a width of 5 % of training, which is evaluated."""
 
 
 def network(preset: Lazy, dropout: float) -> Lazy:

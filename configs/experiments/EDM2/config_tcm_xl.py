@@ -12,8 +12,8 @@ Expected FID: 2.20 in one step, 1.62 in two (the paper); 2.23 in one (FastGen). 
 from torch.optim import Adam
 
 from callbacks.ct_schedule import CTScheduleCallback
-from configs.experiments.common import POWER_EMAS, SCALER, START, callbacks
-from configs.experiments.EDM2.common import DATA, evaluation, network
+from configs.experiments.common import SCALER, START, callbacks
+from configs.experiments.EDM2.common import DATA, TCM_EMAS, evaluation, network
 from fastflow.config import lazy
 from fastflow.consistency import InverseCout, PseudoHuber
 from fastflow.evaluation.spec import Expected
@@ -49,7 +49,7 @@ def experiment() -> Experiment:
         precision="fp16",
         init_from=STAGE1.run_dir,
         prerequisites=(STAGE1,),
-        callbacks=callbacks(lazy(CTScheduleCallback, schedule=schedule), emas=POWER_EMAS),
+        callbacks=callbacks(lazy(CTScheduleCallback, schedule=schedule), emas=TCM_EMAS),
         evaluation=evaluation({2: (1.526,)}),
         expected=(
             Expected(steps=1, value=2.20, source="TCM, arXiv 2410.14895"),
