@@ -40,24 +40,31 @@ class Parts:
             DataError, CheckpointError: the data or some weights are missing or do not fit.
         """
         callbacks, dataset, student = _without_weights(experiment, world)
-        if experiment.init_from is not None:
-            _load(student, experiment.network, "init_from", experiment.init_from, experiment)
-        student.after_step()
+        specs = experiment.method.companions()
         companions = {
-            name: build_companion(experiment, name, spec, student)
-            for name, spec in experiment.method.companions().items()
+            name: _companion(experiment, name, spec, student, empty=not world.is_main)
+            for name, spec in specs.items()
         }
         networks = Networks(student.train(), companions)
         experiment.method.check(networks)
+
+        def initialise() -> None:
+            if experiment.init_from is not None:
+                _load(student, experiment.network, "init_from", experiment.init_from, experiment)
+            student.after_step()
+            for name, spec in specs.items():
+                _initialise(experiment, name, spec, companions[name], student)
+
+        world.on_main(initialise)  # the others get their shards of it
         parallel = experiment.parallel
         for network in (student, *companions.values()):
-            network.to(world.device)
             distributed.shard(
                 network,
                 world,
                 parallel.shard,
                 recompute=parallel.checkpoint and network is student,
                 compile=parallel.compile,
+                narrow=experiment.narrow,
             )
         return cls(
             loader=Loader(
@@ -88,12 +95,12 @@ def check(experiment: Experiment, world: World) -> None:
 def _without_weights(
     experiment: Experiment, world: World
 ) -> tuple[tuple[Callback, ...], Dataset, Network]:
-    """Callbacks, data and the student with its own initial weights."""
+    """Callbacks, data and the student, with its own initial weights on the main process."""
     _check_classes(experiment)
     callbacks = build_callbacks(experiment)
     _check_world(experiment, world)
     dataset = build(experiment.data, at="data")
-    student = build_network(experiment, "network", experiment.network)
+    student = build_network(experiment, "network", experiment.network, empty=not world.is_main)
     check_fit(experiment.method, student, dataset)
     check_augment(experiment.augment, student, dataset)
     return callbacks, dataset, student
@@ -131,9 +138,17 @@ def _driver_line(name: str) -> str:
     return f"lazy(CTScheduleCallback, schedule={schedules.get(name, '...')})"
 
 
-def build_network(experiment: Experiment, key: str, node: Lazy) -> Network:
-    """A network with its initial weights, which follow from the experiment's seed alone."""
-    with isolated_rng(fold_in(experiment.seed, "init", key), torch.device("cpu")):
+def build_network(experiment: Experiment, key: str, node: Lazy, *, empty: bool = False) -> Network:
+    """A network with its initial weights, which follow from the experiment's seed alone.
+
+    Args:
+        experiment: gives the seed.
+        key: where the network stands in the configuration.
+        node: its description.
+        empty: build it on the meta device, without weights.
+    """
+    device = torch.device("meta" if empty else "cpu")
+    with isolated_rng(fold_in(experiment.seed, "init", key), torch.device("cpu")), device:
         network: Network = build(node, at=key)
     return network
 
@@ -193,22 +208,38 @@ def build_companion(
     Raises:
         ConfigError, CheckpointError: it or its weights do not fit.
     """
+    network = _companion(experiment, name, spec, student, empty=False)
+    _initialise(experiment, name, spec, network, student)
+    return network
+
+
+def _companion(
+    experiment: Experiment, name: str, spec: Companion, student: Network, *, empty: bool
+) -> Network:
+    """A companion before its weights are set; `empty` leaves it on the meta device."""
     if not isinstance(spec, Frozen):  # a target starts as the student and keeps its dropout
-        with torch.device("meta"):
-            network = build_network(experiment, "network", experiment.network)
-        distributed.materialise(network, student.state_dict(), torch.device("cpu"))
+        network = build_network(experiment, "network", experiment.network, empty=True)
         return network.train().requires_grad_(False)
-    description = spec.network or experiment.network
-    network = build_network(experiment, name, description)
+    network = build_network(experiment, name, spec.network or experiment.network, empty=empty)
     if network.sample_shape != student.sample_shape:
         raise ConfigError(
             f"{name}: made for samples {network.sample_shape}, but the student has "
             f"{student.sample_shape}"
         )
+    return network.train(spec.dropout).requires_grad_(False)
+
+
+def _initialise(
+    experiment: Experiment, name: str, spec: Companion, network: Network, student: Network
+) -> None:
+    """Give a companion its initial weights."""
+    if not isinstance(spec, Frozen):
+        distributed.materialise(network, student.state_dict(), torch.device("cpu"))
+        return
     if spec.weights is not None:
+        description = spec.network or experiment.network
         _load(network, description, f"{name} weights", spec.weights, experiment)
     network.after_step()
-    return network.train(spec.dropout).requires_grad_(False)
 
 
 def _load(

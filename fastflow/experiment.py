@@ -26,7 +26,7 @@ from fastflow.schedules import ConstantLR, LearningRate
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel(Part):
-    """How a global batch is divided. It never changes the result beyond float rounding.
+    """How a global batch is divided. It changes nothing but rounding, and masks of dropout.
 
     Attributes:
         shard: processes that share one copy of the weights; 1 is data parallelism, the number of
@@ -83,8 +83,9 @@ class Experiment(Part):
         batch_size: samples per optimizer step over all processes.
         steps: optimizer steps, exactly.
         callbacks: `lazy(...)`, drivers and then observers run, each in this order.
-        precision: "fp32", or autocast to "bf16" or "fp16" (with a gradient scaler); weights,
-            times, EMAs and losses stay in fp32.
+        precision: "fp32", or "bf16" or "fp16" (with a gradient scaler), in which networks then
+            compute by autocast, and many processes gather the weights of blocks; the weights
+            themselves, times, their embeddings, losses, gradients and EMAs stay in fp32.
         parallel: how the batch is divided.
         seed: of weights, data order, noise, times and dropout.
         init_from: weights the student starts from: a run directory, a .safetensors file, an
@@ -137,6 +138,11 @@ class Experiment(Part):
                 step_times(self.method, steps, times)
             except ConfigError as error:
                 raise ConfigError(f"evaluation.{error}") from error
+
+    @property
+    def narrow(self) -> torch.dtype | None:
+        """The type that networks compute in where it is not that of their weights."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
 
     @property
     def departures(self) -> Mapping[str, str]:

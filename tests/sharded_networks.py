@@ -8,19 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastflow.config import Lazy, build, lazy
 from fastflow.distributed import World, distribute, full_tensor, shard
+from fastflow.ema import EMA, ConstantEMA
 from fastflow.network import Network
+from fastflow.progress import Progress
+from fastflow.weights import gathered
 from fastflow.wrappers import EDMDenoiser, NoiseDenoiser, TrigFlowNetwork, VelocityNetwork
 from networks.adm_unet import DhariwalUNet
 from networks.dit import DiT
 from networks.edm2 import EDM2UNet, LogVariance
 from networks.mlp import ToyMLP
 from networks.song_unet import SongUNet
+from processes import Collectives
 
 CLASSES = 5
 HEAD = lazy(LogVariance, channels=8)
@@ -83,13 +86,20 @@ FAMILIES: dict[str, Lazy] = {
 }
 
 
-def make(family: str) -> Network:
-    """A network in evaluation mode whose every parameter matters, the same in every process."""
-    torch.manual_seed(0)
-    network: Network = build(FAMILIES[family])
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(0.1 * torch.randn(p.shape))
+def make(family: str, *, empty: bool = False) -> Network:
+    """A network in evaluation mode whose every parameter matters, the same in every process.
+
+    Args:
+        family: a key of `FAMILIES`.
+        empty: on the meta device, without weights.
+    """
+    with torch.device("meta" if empty else "cpu"):
+        torch.manual_seed(0)
+        network: Network = build(FAMILIES[family])
+        with torch.no_grad():
+            for p in network.parameters():
+                p.add_(0.1 * torch.randn(p.shape))
+        network.after_step()
     return network.eval()
 
 
@@ -120,45 +130,77 @@ def step(network: Network, optimizer: torch.optim.Optimizer) -> None:
 
 
 def sharded(
-    network: Network, world: World, *, recompute: bool = False, compile: bool = False
-) -> None:
-    """`shard`, in one process too, where it would leave the network plain."""
-    shard(network, world, world.size, recompute=recompute, compile=compile)
+    family: str,
+    world: World,
+    *,
+    recompute: bool = False,
+    compile: bool = False,
+    narrow: torch.dtype | None = None,
+    size: int | None = None,
+) -> Network:
+    """A network of `make` after `shard`, which in one process would leave it plain."""
+    network = make(family, empty=not world.is_main)
+    shard(network, world, size or world.size, recompute=recompute, compile=compile, narrow=narrow)
     if world.size == 1:
-        distribute(network, "cpu", 1, 1)
+        distribute(network, "cpu", 1, 1, narrow)
+    return network
 
 
-def check(family: str, world: World, *, recompute: bool, compile: bool = False) -> None:
-    """Two steps of a network that is sharded over all processes, beside those of the whole one."""
-    whole, parts = make(family), make(family)
-    for network in (whole, parts):
-        network.after_step()
-    sharded(parts, world, recompute=recompute, compile=compile)
+def mine(rows: tuple[Tensor | None, ...], world: World) -> tuple[Tensor | None, ...]:
+    """This process's share of the rows."""
+    return tuple(None if row is None else row.chunk(world.size)[world.rank] for row in rows)
+
+
+def check(
+    world: World,
+    family: str,
+    *,
+    recompute: bool = False,
+    compile: bool = False,
+    size: int | None = None,
+) -> None:
+    """Two steps of a network that is sharded over all processes, beside those of the whole one.
+
+    Initial weights, outputs, gradients, their norm and clipping, weights, averages, and what is
+    saved of them. Only the main process's network has weights at first.
+    """
+    whole = make(family)
+    parts = sharded(family, world, recompute=recompute, compile=compile, size=size)
+    saved = gathered(parts.state_dict(), keep=True)
+    assert saved.keys() == whole.state_dict().keys()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(saved[name], value), name
     rows = inputs(whole)
-    mine = tuple(None if row is None else row.chunk(world.size)[world.rank] for row in rows)
-    optimizers = [torch.optim.Adam(network.parameters(), lr=1e-2) for network in (whole, parts)]
-    for _ in range(2):
+    networks = (whole, parts)
+    emas = [EMA(network, ConstantEMA(beta=0.9)) for network in networks]
+    optimizers = [torch.optim.Adam(network.parameters(), lr=1e-2) for network in networks]
+    for number in range(2):
         out = backward(whole, rows)
-        torch.testing.assert_close(backward(parts, mine), out.chunk(world.size)[world.rank])
+        ours = backward(parts, mine(rows, world))
+        torch.testing.assert_close(ours, out.chunk(world.size)[world.rank])
         for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
             assert isinstance(q, DTensor), name
             assert p.grad is not None, name
             assert q.grad is not None, name
             torch.testing.assert_close(full_tensor(q.grad), p.grad, rtol=1e-4, atol=1e-6, msg=name)
+        norms = [torch.nn.utils.clip_grad_norm_(n.parameters(), 1e-2) for n in networks]
+        torch.testing.assert_close(full_tensor(norms[1]), norms[0], rtol=1e-5, atol=0)
+        assert norms[0] > 1e-2
+        for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+            torch.testing.assert_close(full_tensor(q.grad), p.grad, rtol=1e-4, atol=1e-7)
             p.grad.copy_(full_tensor(q.grad))  # so that Adam divides equal numbers
-        for network, optimizer in zip((whole, parts), optimizers, strict=True):
+        for network, optimizer, ema in zip(networks, optimizers, emas, strict=True):
             step(network, optimizer)
-        for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
-            torch.testing.assert_close(full_tensor(q), p, rtol=1e-5, atol=1e-6, msg=name)
+            ema.update(network, Progress(number + 1, 4 * (number + 1), 2, 4))
+        for theirs, weights in (networks, emas):
+            wanted = theirs.state_dict()
+            for name, value in gathered(weights.state_dict(), keep=True).items():
+                torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def check_all(rank: int, size: int, file: str) -> None:
-    """`check` of every family in one of `size` processes that meet at `file`."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(file, size), rank=rank, world_size=size)
-    try:
-        for family in FAMILIES:
-            for recompute in (False, True):
-                check(family, World(rank=rank, size=size), recompute=recompute)
-    finally:
-        dist.destroy_process_group()
+def gather(world: World, family: str) -> tuple[list[torch.dtype], list[torch.dtype]]:
+    """Types in which a step in bfloat16 gathers weights and sums gradients."""
+    network = sharded(family, world, narrow=torch.bfloat16)
+    with Collectives() as collectives:
+        backward(network, mine(inputs(network), world))
+    return collectives.named("gather"), collectives.named("reduce_scatter")

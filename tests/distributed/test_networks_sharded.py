@@ -1,22 +1,21 @@
 """Networks with every condition and head, sharded: outputs, gradients and steps of the whole one.
 
-In one process by default, where tensors are sharded all the same, and in two (`dist`).
+In one process by default, where tensors are sharded all the same, and in several (`dist`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from sharded_networks import FAMILIES, backward, check, check_all, inputs, make, sharded
 from torch.distributed.tensor import DTensor
 
 from fastflow import distributed
 from fastflow.distributed import World, full_tensor, reshard, synchronise
+from processes import Processes
+from sharded_networks import FAMILIES, backward, check, inputs, make, sharded
 
 pytestmark = pytest.mark.filterwarnings("error:FSDP2-wrapped module:UserWarning")
 
@@ -36,20 +35,34 @@ def alone() -> Iterator[World]:
 def test_a_sharded_network_is_trained_as_the_whole_one(
     alone: World, family: str, recompute: bool
 ) -> None:
-    check(family, alone, recompute=recompute)
+    check(alone, family, recompute=recompute)
+
+
+def test_a_network_is_sharded_over_two_processes(two: Processes) -> None:
+    two.run(check, "edm2")
 
 
 @pytest.mark.dist
-def test_networks_sharded_over_two_processes_are_trained_as_whole_ones(tmp_path: Path) -> None:
-    """All families, with and without checkpointing."""
-    mp.spawn(check_all, (2, str(tmp_path / "store")), nprocs=2)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_network_is_sharded_over_two_processes(two: Processes, family: str) -> None:
+    two.run(check, family, recompute=True)
+
+
+@pytest.mark.dist
+def test_a_network_is_replicated(two: Processes) -> None:
+    two.run(check, "edm2", size=1)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_network_is_replicated_in_shards(four: Processes, family: str) -> None:
+    four.run(check, family, size=2)
 
 
 @pytest.mark.parametrize("family", ["edm2", "dit"])
 def test_calls_in_any_order_and_number_share_a_backward_pass(alone: World, family: str) -> None:
     """The log-variance first, the network twice, and once without gradients."""
-    whole, parts = make(family), make(family)
-    sharded(parts, alone, recompute=False)
+    whole, parts = make(family), sharded(family, alone)
     x, t, *rest = inputs(whole)
     for network in (whole, parts):
         first = network.logvar(t)
@@ -64,8 +77,7 @@ def test_calls_in_any_order_and_number_share_a_backward_pass(alone: World, famil
 
 @pytest.mark.parametrize("family", ["edm2", "mlp"])
 def test_gradients_of_micro_batches_add_up(alone: World, family: str) -> None:
-    whole, parts = make(family), make(family)
-    sharded(parts, alone, recompute=True)
+    whole, parts = make(family), sharded(family, alone, recompute=True)
     rows = inputs(whole)
     backward(whole, rows)
     for number in (0, 1):
@@ -77,8 +89,7 @@ def test_gradients_of_micro_batches_add_up(alone: World, family: str) -> None:
 
 @pytest.mark.parametrize("family", ["edm2", "dit", "mlp"])
 def test_a_frozen_companion_answers_and_stays_sharded(alone: World, family: str) -> None:
-    whole, parts = make(family), make(family).requires_grad_(False)
-    sharded(parts, alone, recompute=False)
+    whole, parts = make(family), sharded(family, alone).requires_grad_(False)
     rows = inputs(whole)
     with torch.no_grad():
         torch.testing.assert_close(parts.logvar(rows[1]), whole.logvar(rows[1]))
@@ -92,4 +103,4 @@ def test_compiled_units_of_a_sharded_network(alone: World, monkeypatch) -> None:
     """Traced, with checkpointing inside; what a compiler makes of it is tested elsewhere."""
     monkeypatch.setattr(distributed, "_COMPILER", {"backend": "eager", "isolate_recompiles": True})
     for family in ("mlp", "dit"):
-        check(family, alone, recompute=True, compile=True)
+        check(alone, family, recompute=True, compile=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from sharded_networks import FAMILIES, backward, inputs, make
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -24,6 +23,7 @@ from fastflow.method import Networks
 from fastflow.network import Network
 from fastflow.tangent import DualNumbers, FunctionalJVP, Pairs, value_and_jvp
 from networks.presets import with_model
+from sharded_networks import FAMILIES, backward, inputs, make
 from tiny import assert_same, toy, toy_with_target, train
 
 CPU = torch.device("cpu")
@@ -229,8 +229,8 @@ def test_student_and_companions_are_prepared_alike(monkeypatch: pytest.MonkeyPat
     parallel = Parallel(compile=True, checkpoint=True)
     networks = Parts.of(toy_with_target(parallel=parallel), World()).networks
     assert seen == [
-        (networks.student, {"recompute": True, "compile": True}),
-        (networks["target"], {"recompute": False, "compile": True}),
+        (networks.student, {"recompute": True, "compile": True, "narrow": None}),
+        (networks["target"], {"recompute": False, "compile": True, "narrow": None}),
     ]
 
 
