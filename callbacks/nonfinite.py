@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastflow import checkpoint
 from fastflow.callback import Driver
 from fastflow.errors import ConfigError, DivergenceError
 from fastflow.state import TrainState
@@ -151,7 +150,7 @@ def _number(value: Tensor | float, device: torch.device) -> Tensor:
 
 
 def _advice(state: TrainState) -> str:
-    last = checkpoint.latest(state.run_dir)
+    last = state.last_checkpoint()
     # The run directory takes no other configuration, so what helps needs a new one.
     start = f" and init_from={state.run_dir}" if last else ""
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -26,6 +27,10 @@ class DivergenceError(FastflowError, RuntimeError):
     """The loss or a gradient became non-finite."""
 
 
+class LostProcessError(FastflowError):
+    """Another process of a run died, or did not answer in time."""
+
+
 class MissingPackageError(FastflowError, ImportError):
     """An optional package is needed for what was asked."""
 
@@ -42,3 +47,8 @@ def one_of(given: object, accepted: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}accepted: {', '.join(names) if names else 'none'}"
+
+
+def warn(text: str) -> None:
+    """Say on stderr, in one line, what went another way than asked."""
+    print(f"fastflow: {' '.join(text.split())}", file=sys.stderr, flush=True)

@@ -2,15 +2,15 @@
 
 runs/cm_digits/
     experiment.yaml     the resolved experiment; can be trained from again
-    checkpoints/        training state (fastflow/checkpoint.py)
+    checkpoints/        training state (fastflow/checkpoint)
     weights/            one .safetensors for the student and for each EMA, and model.yaml
+    exported/           the same of checkpoints, where asked for (fastflow/export.py)
     log.jsonl, samples/, results.json ...   written by callbacks and by evaluation
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastflow import checkpoint
 from fastflow.callback import Driver
+from fastflow.checkpoint import Good
 from fastflow.config import (
     Lazy,
     build,
@@ -29,13 +30,13 @@ from fastflow.config import (
     read_yaml,
     save_yaml,
 )
-from fastflow.errors import CheckpointError, ConfigError, one_of
+from fastflow.errors import CheckpointError, ConfigError, one_of, warn
 from fastflow.evaluation.spec import Evaluation
 from fastflow.experiment import Experiment, Parallel
+from fastflow.lock import LOCK, RunLock
 from fastflow.network import Network
 from fastflow.pretrained import Asked, convert, fetched, network_of, require_same_reading
-from fastflow.state import TrainState
-from fastflow.weights import gathered, load_strict, read_weights, write_weights
+from fastflow.weights import load_strict, read_weights
 
 EXPERIMENT = "experiment.yaml"
 WEIGHTS = "weights"
@@ -43,6 +44,8 @@ MODEL = "model.yaml"
 STUDENT = "student"
 COMPANION = "companion_"  # begins the file names of those that sampling needs
 ELSEWHERE = "choose another directory with --run-dir"
+# What is there of a run that was killed before it wrote its experiment.
+_BEGINNINGS = {LOCK, f".{EXPERIMENT}.partial"}
 _LOGVAR_HEAD = "logvar_head."  # what `fastflow.wrappers` call it
 
 
@@ -79,7 +82,7 @@ def require_own(run_dir: Path, experiment: Experiment, elsewhere: str = ELSEWHER
     stored = run_dir / EXPERIMENT
     try:
         if not stored.exists():
-            if run_dir.exists() and any(run_dir.iterdir()):
+            if run_dir.exists() and {path.name for path in run_dir.iterdir()} - _BEGINNINGS:
                 raise ConfigError(f"{run_dir} is not empty and holds no run; {elsewhere}")
             return
         before = load_yaml(stored, allow=packages_of(experiment))
@@ -106,20 +109,33 @@ def steps_done(run_dir: Path, allow: tuple[str, ...] = ()) -> int:
     Raises:
         CheckpointError: what is there cannot be read.
     """
-    newest = checkpoint.latest(run_dir)
-    saved: int = 0 if newest is None else checkpoint.read_meta(newest)["step"]
-    exported = run_dir / WEIGHTS
-    return max(saved, _exported(exported, allow).step) if (exported / MODEL).exists() else saved
+    weights, newest = run_dir / WEIGHTS, checkpoint.latest(run_dir)
+    exported = _exported(weights, allow).step if (weights / MODEL).exists() else 0
+    if newest is None or checkpoint.step_of(newest) <= exported:
+        return exported
+    good = checkpoint.find_good(run_dir)
+    return exported if good is None else max(exported, good.meta["step"])
 
 
-def claim(run_dir: Path, experiment: Experiment) -> None:
-    """Make a directory that `check` accepted the experiment's own.
+def claim(run_dir: Path, lock: RunLock) -> None:
+    """Make a directory that `check` accepted this process's own.
+
+    Raises:
+        ConfigError: it cannot be written, or another process trains there.
+    """
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise _unusable(run_dir, error) from error
+
+
+def describe(run_dir: Path, experiment: Experiment) -> None:
+    """Write what is trained in a directory that was claimed.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         save_yaml(experiment, run_dir / EXPERIMENT)
     except OSError as error:
         raise _unusable(run_dir, error) from error
@@ -142,36 +158,6 @@ def _essence(experiment: Experiment) -> Experiment:
     )
 
 
-def export(state: TrainState) -> None:
-    """Write the weights for inference with their description; every process must call it.
-
-    Raises:
-        CheckpointError: the disk refused.
-    """
-    folder, world = state.run_dir / WEIGHTS, state.world
-    sets: dict[str, Mapping[str, Tensor]] = {
-        name: ema.state_dict() for name, ema in state.emas.items()
-    }
-    sets[STUDENT] = state.networks.student.state_dict()
-    names = list(sets)
-    for name in sorted(state.method.sampling_companions):
-        sets[COMPANION + name] = state.networks[name].state_dict()
-    for name, tensors in sets.items():
-        header = {"weights": name, "step": str(state.step), "images": str(state.images)}
-        whole = gathered(tensors, keep=world.is_main)
-        path = folder / f"{name}.safetensors"
-        world.on_main(functools.partial(write_weights, path, whole, header))
-    description = {
-        "step": state.step,
-        "images": state.images,
-        "seconds": state.seconds,
-        "hardware": world.hardware,
-        "weights": names,
-        "experiment": state.experiment,
-    }
-    world.on_main(lambda: save_yaml(description, folder / MODEL))
-
-
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """A trained model on disk, before its weights are read.
@@ -182,6 +168,7 @@ class Stored:
         step, images: how far.
         seconds, hardware: what it cost: wall time of training, and where.
         names: its sets of weights, the preferred one first.
+        good: the checkpoint that holds them; None for exported weights.
     """
 
     folder: Path
@@ -191,10 +178,13 @@ class Stored:
     seconds: float
     hardware: str
     names: tuple[str, ...]
+    good: Good | None = None
 
 
 def find(source: Path, allow: tuple[str, ...] = ()) -> Stored:
     """Look at a run directory or a folder of exported weights.
+
+    Of a run that is not finished it is the newest good checkpoint; stderr names damaged ones.
 
     Raises:
         CheckpointError: there is no trained model.
@@ -208,23 +198,42 @@ def find(source: Path, allow: tuple[str, ...] = ()) -> Stored:
             f"folder of exported weights (with {MODEL})"
         )
     newest = checkpoint.latest(source)
-    meta = checkpoint.read_meta(newest) if newest is not None else None
     if (source / WEIGHTS / MODEL).exists():
         exported = _exported(source / WEIGHTS, allow)
-        if meta is None or exported.step >= meta["step"]:
+        if newest is None or exported.step >= checkpoint.step_of(newest):
             return exported
-    if newest is None or meta is None:
+    good = checkpoint.find_good(source)
+    if good is None:
         raise CheckpointError(f"{source} holds no checkpoint and no weights yet: train it first")
-    experiment = _experiment(read_yaml(source / EXPERIMENT), allow, source / EXPERIMENT)
+    if good.remarks:
+        warn(f"{'; '.join(good.remarks)}: using {good.folder}")
+    return stored_in(good, read_experiment(source, allow))
+
+
+def stored_in(good: Good, experiment: Experiment) -> Stored:
+    """The model in a training checkpoint."""
+    meta = good.meta
     return Stored(
-        folder=newest,
+        folder=good.folder,
         experiment=experiment,
         step=meta["step"],
         images=meta["images"],
         seconds=meta["seconds"],
         hardware=meta["hardware"],
         names=(*meta["emas"], STUDENT),
+        good=good,
     )
+
+
+def read_experiment(run_dir: Path, allow: tuple[str, ...]) -> Experiment:
+    """What is trained in a run directory.
+
+    Raises:
+        ConfigError: it cannot be read, or names a class outside the allowed packages.
+        CheckpointError: it is no experiment.
+    """
+    file = run_dir / EXPERIMENT
+    return _experiment(read_yaml(file), allow, file)
 
 
 def _exported(folder: Path, allow: tuple[str, ...]) -> Stored:
@@ -261,9 +270,9 @@ def read(stored: Stored, name: str | None, network: nn.Module) -> tuple[str, dic
         raise CheckpointError(
             f"{stored.folder} has no weights {name!r}: {one_of(name, stored.names)}"
         )
-    if (stored.folder / MODEL).exists():
+    if stored.good is None:
         return name, read_weights(stored.folder / f"{name}.safetensors")
-    return name, checkpoint.read_checkpoint_weights(stored.folder, name, network.state_dict())
+    return name, checkpoint.read_weights(stored.good, name, network.state_dict())
 
 
 def read_companion(stored: Stored, name: str) -> dict[str, Tensor] | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,17 @@ from fastflow.ema import EMA
 from fastflow.experiment import Experiment
 from fastflow.method import FlowMapMethod, Loss, Networks
 from fastflow.progress import Progress
+
+if TYPE_CHECKING:
+    from fastflow.checkpoint import Keep
+
+
+class Saver(Protocol):
+    """What writes a run's checkpoints: the trainer."""
+
+    def save(self, keep: Keep | None = None) -> None: ...
+
+    def last_saved(self) -> Path | None: ...
 
 
 @dataclasses.dataclass
@@ -35,7 +46,7 @@ class TrainState:
         metrics: scalars of the last step by name: tensors on the device (read them only where
             they are logged: reading waits for the device) or plain numbers.
         stop: the reason why the run was asked to stop after this step, or None.
-        saver: writes a checkpoint of this moment; set by the trainer.
+        saver: writes checkpoints; set by the trainer.
     """
 
     experiment: Experiment
@@ -51,12 +62,24 @@ class TrainState:
     loss: Loss | None = None
     metrics: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)
     stop: str | None = None
-    saver: Callable[[], Path] | None = None
+    saver: Saver | None = None
 
-    def save_checkpoint(self) -> Path:
-        """Write a checkpoint of this moment; every process must call it. Returns its folder."""
+    def save_checkpoint(self, keep: Keep | None = None) -> None:
+        """Begin to write a checkpoint of this moment; every process must call it.
+
+        Args:
+            keep: which older ones stay once it is complete; None leaves all.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
         assert self.saver is not None, "the trainer sets the saver"
-        return self.saver()
+        self.saver.save(keep)
+
+    def last_checkpoint(self) -> Path | None:
+        """The last complete checkpoint, once none is being written; None if there is none."""
+        assert self.saver is not None, "the trainer sets the saver"
+        return self.saver.last_saved()
 
     @property
     def images(self) -> int:

@@ -18,15 +18,18 @@ from fastflow import checkpoint, distributed
 from fastflow import run_dir as run_directory
 from fastflow.build import Parts
 from fastflow.callback import Driver, Observer
+from fastflow.checkpoint import Keep, Saver
 from fastflow.data.batch import Batch
 from fastflow.distributed import World
 from fastflow.ema import lerp_
+from fastflow.errors import CheckpointError
 from fastflow.experiment import Experiment
+from fastflow.export import export
+from fastflow.lock import RunLock
 from fastflow.method import Loss, Target
+from fastflow.peers import answered
 from fastflow.rng import seed_step
 from fastflow.state import TrainState
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -43,7 +46,7 @@ class Trainer:
         world: the processes and the device.
 
     Raises:
-        ConfigError: the experiment cannot work, or the directory holds another one.
+        ConfigError: the experiment cannot work, or the directory holds another one or is in use.
         DataError, CheckpointError: the data or some weights are missing or do not fit.
     """
 
@@ -66,16 +69,17 @@ class Trainer:
             networks=parts.networks,
             optimizer=parts.optimizer,
             run_dir=run_dir,
-            saver=self.save,
+            saver=self,
         )
+        self._saver = Saver(self.state, self.callbacks, self.scaler)
+        self._lock = RunLock(run_dir)
         self._started = time.perf_counter()
         self.peak_lr = [float(group["lr"]) for group in self.state.optimizer.param_groups]
         for callback in self.callbacks:
             callback.setup(self.state)
-        self.resumed_from = self.world.on_main(lambda: checkpoint.latest(run_dir))
-        if self.resumed_from is not None:
-            checkpoint.restore(self.resumed_from, self.state, self.callbacks, self.scaler)
-        self.world.on_main(lambda: run_directory.claim(run_dir, experiment))
+        self.world.on_main(lambda: run_directory.claim(run_dir, self._lock))
+        self.resumed_from = checkpoint.resume(self.state, self.callbacks, self.scaler)
+        self.world.on_main(lambda: run_directory.describe(run_dir, experiment))
 
     def fit(self) -> TrainState:
         """Train until the configured number of steps is done, or until asked to stop.
@@ -86,32 +90,54 @@ class Trainer:
         Raises:
             DivergenceError: the loss or a gradient became non-finite.
             CheckpointError: a checkpoint or the weights could not be written.
+            DataError: a sample could not be read.
+            LostProcessError: another process died or did not answer in time.
         """
         state, begun = self.state, self.state.step
-        with _stop_on_signals(state):
-            for callback in self.callbacks:
-                callback.on_start(state)
-            batches = self.loader.batches(state.step)
-            self._started = time.perf_counter() - state.seconds
-            while state.step < self.experiment.steps and state.stop is None:
-                self._step(next(batches))
-                self._agree_on_stop()
-            for driver in self.drivers:
-                driver.on_end(state)
-            if state.step > begun:
-                self.save()
-            for observer in self.observers:
-                observer.on_end(state)
-            if state.step == self.experiment.steps:
-                run_directory.export(state)
-            self._agree_on_stop()  # so that all go on to another run, or none
+        try:
+            with (
+                answered(self.world, self._position),
+                self.loader.watched(),
+                _stop_on_signals(state),
+                self._saver,  # whatever ends training waits for a checkpoint that is being written
+            ):
+                for callback in self.callbacks:
+                    callback.on_start(state)
+                batches = self.loader.batches(state.step)
+                self._started = time.perf_counter() - state.seconds
+                while state.step < self.experiment.steps and state.stop is None:
+                    self._step(next(batches))
+                    self._agree()
+                for driver in self.drivers:
+                    driver.on_end(state)
+                if state.step > begun:
+                    self.save()
+                    self._saver.wait()
+                for observer in self.observers:
+                    observer.on_end(state)
+                if state.step == self.experiment.steps:
+                    export(state)
+                self._agree()  # so that all go on to another run, or none
+        finally:
+            self._lock.release()
         return state
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment; every process must call it."""
+    def save(self, keep: Keep | None = None) -> None:
+        """Begin to write a checkpoint of this moment; every process must call it.
+
+        Args:
+            keep: which older ones stay once it is complete; None leaves all.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
         for driver in self.drivers:
             driver.before_save(self.state)
-        return checkpoint.save(self.state, self.callbacks, self.scaler)
+        self._saver.save(keep)
+
+    def last_saved(self) -> Path | None:
+        """The last complete checkpoint, once none is being written; None if there is none."""
+        return self._saver.last()
 
     def _step(self, batch: Batch) -> None:
         state, student = self.state, self.state.networks.student
@@ -140,6 +166,7 @@ class Trainer:
         for name, spec in state.method.companions().items():
             if isinstance(spec, Target):
                 target = state.networks[name]
+                distributed.reshard(target)
                 lerp_(target.parameters(), student.parameters(), 1 - spec.decay(now))
         for driver in self.drivers:
             driver.after_update(state)
@@ -153,23 +180,45 @@ class Trainer:
         losses: list[Loss] = []
         for number, micro in enumerate(micro_batches, start=1):
             distributed.synchronise(self.state.networks.student, number == len(micro_batches))
-            with self._autocast():
-                loss = self.state.method.loss(self.state.networks, micro, self.state.now)
+            loss = self.state.method.loss(self.state.networks, micro, self.state.now)
             self.scaler.scale(loss.per_sample.sum() / batch.size).backward()
             losses.append(_detached(loss))
         return _joined(losses)
 
-    def _autocast(self) -> torch.autocast:
-        dtype = AUTOCAST.get(self.experiment.precision)
-        return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
+    def _agree(self) -> None:
+        """What one process has come to know, a signal say, all act on after the same step."""
+        state = self.state
+        # On the CPU: no step waits for the device.
+        known = torch.tensor([_code(state.stop), int(self._saver.failed)])
+        stop, failed = self.world.max(known).tolist()
+        if failed:
+            self._saver.wait()
+            raise CheckpointError(
+                "another process could not write its part of a checkpoint; it says why"
+            )
+        if stop and state.stop is None:
+            state.stop = _reason(stop)
 
-    def _agree_on_stop(self) -> None:
-        """A signal may reach one process only: all stop after the same step."""
-        if self.world.size > 1:
-            # On the CPU: no step waits for the device.
-            asked = self.world.sum(torch.tensor(float(self.state.stop is not None)))
-            if asked.item() and self.state.stop is None:
-                self.state.stop = "another process was asked to stop"
+    def _position(self) -> str:
+        last = self.last_saved()
+        return f"after step {self.state.step:,} (last checkpoint: {last or 'none'})"
+
+
+# What stands for a reason to stop that is no signal, where processes agree; signals are below.
+_OTHER_REASON = 1000
+
+
+def _code(stop: str | None) -> int:
+    """A reason to stop as a number; 0 is none."""
+    if stop is None:
+        return 0
+    return signal.Signals[stop] if stop in signal.Signals.__members__ else _OTHER_REASON
+
+
+def _reason(code: int) -> str:
+    if code == _OTHER_REASON:
+        return "another process was asked to stop"
+    return signal.Signals(code).name
 
 
 def _detached(loss: Loss) -> Loss:
@@ -193,16 +242,23 @@ def _joined(losses: list[Loss]) -> Loss:
 
 @contextmanager
 def _stop_on_signals(state: TrainState) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a request to stop after the step; a second one interrupts."""
+    """Turn SIGINT and SIGTERM into a request to stop after the step; a second SIGINT interrupts.
+
+    A second SIGTERM does not: schedulers send it to every process, and launchers pass it on.
+    """
     previous: dict[int, Callable[..., object] | int | None] = {}
     process = os.getpid()
 
     def ask(number: int, frame: types.FrameType | None) -> None:
         name = signal.Signals(number).name
-        state.stop = name
-        signal.signal(number, previous[number] or signal.SIG_DFL)
-        if state.world.is_main and os.getpid() == process:  # not in a data worker's copy
-            print(f"\n{name}: stopping after this step; once more aborts", file=sys.stderr)
+        again = ""
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number] or signal.SIG_DFL)
+            again = "; once more aborts"
+        # Once, and not in a data worker's copy.
+        if state.stop is None and state.world.is_main and os.getpid() == process:
+            print(f"\n{name}: stopping after this step{again}", file=sys.stderr)
+        state.stop = state.stop or name
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from fastflow.annotations import one_line
 from fastflow.data.augment import Augment
 from fastflow.data.batch import Batch
 from fastflow.data.dataset import Dataset
@@ -78,7 +80,7 @@ class Loader:
         """This process's share of each step from `start_step` on, without end.
 
         Raises:
-            DataError: a sample cannot be read, or a background worker died.
+            DataError: names the sample that cannot be read, or says how a background worker died.
         """
         for step, (x, labels) in enumerate(self._samples(start_step), start_step):
             yield self._batch(step, x, labels)
@@ -101,8 +103,45 @@ class Loader:
     def _samples(self, start_step: int) -> Iterator[Samples]:
         indices = map(self.indices, itertools.count(start_step))
         if self.dataset.decodes and self.workers:
-            return _prefetch(self.dataset, indices, self.workers)
-        return map(self.dataset.fetch, indices)
+            return self._prefetch(indices)
+        return (_fetch(self.dataset, batch) for batch in indices)
+
+    def _prefetch(self, indices: Iterable[Tensor]) -> Iterator[Samples]:
+        """Fetch batches ahead of time in background processes, in order."""
+        loader: torch.utils.data.DataLoader[Samples | DataError] = torch.utils.data.DataLoader(
+            _InWorker(self.dataset),
+            batch_size=None,
+            sampler=(batch.tolist() for batch in indices),
+            num_workers=self.workers,
+            timeout=self.world.timeout,
+            # Its own, or starting would advance the global generator.
+            generator=torch.Generator(),
+        )
+        batches = iter(loader)
+        while True:
+            with self.watched():
+                samples = next(batches)
+            if isinstance(samples, DataError):
+                raise samples
+            yield samples
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Say of a background worker that died that it was one.
+
+        Torch interrupts whatever the process does at that moment with a RuntimeError.
+
+        Raises:
+            DataError: a worker died, or did not answer.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            raise DataError(
+                f"{self.dataset.name}: a background worker failed: {one_line(error)}"
+            ) from error
 
     def _batch(self, step: int, x: Tensor, labels: Tensor | None) -> Batch:
         draws = Draws(self.seed, step, self._rows, self.world.device, total=self.batch_size)
@@ -120,7 +159,33 @@ class Loader:
         return Batch(x=x, cond=cond, augment=changes, draws=draws)
 
 
-class _Fetch(torch.utils.data.Dataset[Samples | DataError]):
+def _fetch(dataset: Dataset, indices: Tensor) -> Samples:
+    """A batch of samples; an error names the sample, whatever a dataset raises."""
+    try:
+        return dataset.fetch(indices)
+    except Exception as error:
+        raise _first_bad(dataset, indices) or _unreadable(dataset, "a sample", error) from error
+
+
+def _first_bad(dataset: Dataset, indices: Tensor) -> DataError | None:
+    """The error of the first sample that cannot be read by itself either."""
+    for index in indices.tolist():
+        try:
+            dataset.fetch(torch.tensor([index]))
+        except Exception as error:
+            return _unreadable(dataset, f"sample {index}", error)
+    return None
+
+
+def _unreadable(dataset: Dataset, what: str, error: Exception) -> DataError:
+    if isinstance(error, DataError):  # says which file
+        return DataError(f"{error} ({what} of {dataset.name})")
+    return DataError(
+        f"{dataset.name}: {what} cannot be read: {type(error).__name__}: {one_line(error)}"
+    )
+
+
+class _InWorker(torch.utils.data.Dataset[Samples | DataError]):
     """Fetches a whole batch in a worker; an error travels as a value and keeps its one line."""
 
     def __init__(self, dataset: Dataset) -> None:
@@ -128,28 +193,6 @@ class _Fetch(torch.utils.data.Dataset[Samples | DataError]):
 
     def __getitem__(self, indices: list[int]) -> Samples | DataError:
         try:
-            return self.dataset.fetch(torch.tensor(indices))
+            return _fetch(self.dataset, torch.tensor(indices))
         except DataError as error:
             return error
-
-
-def _prefetch(dataset: Dataset, indices: Iterable[Tensor], workers: int) -> Iterator[Samples]:
-    """Fetch batches ahead of time in background processes, in order."""
-    loader: torch.utils.data.DataLoader[Samples | DataError] = torch.utils.data.DataLoader(
-        _Fetch(dataset),
-        batch_size=None,
-        sampler=(batch.tolist() for batch in indices),
-        num_workers=workers,
-        # Its own, or starting would advance the global generator.
-        generator=torch.Generator(),
-    )
-    batches = iter(loader)
-    while True:
-        try:
-            samples = next(batches)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{dataset.name}: a background worker failed: {reason}") from error
-        if isinstance(samples, DataError):
-            raise samples
-        yield samples

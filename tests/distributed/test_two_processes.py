@@ -15,8 +15,10 @@ from callbacks.loss_by_time import LossByTime
 from callbacks.model_summary import ModelSummary
 from callbacks.progress_bar import ProgressBar
 from callbacks.sample_grid import SampleGrid
+from fastflow import cli
 from fastflow.config import lazy, save_yaml
 from fastflow.errors import CheckpointError
+from fastflow.evaluation import results
 from fastflow.experiment import Parallel, Prerequisite
 from fastflow.logging import JsonLines
 from fastflow.method import Frozen
@@ -134,12 +136,8 @@ def two_stages(**changes):
     return toy(method=method, callbacks=(*drivers(), *OBSERVERS, grid), **changes)
 
 
+# Every method and division, without pictures and images: test_methods_sharded.py.
 CASES = {
-    "replicate": (toy, Parallel(shard=1)),
-    "shard": (toy, Parallel(shard=2)),
-    "micro-batches": (toy, Parallel(shard=2, micro_batch=3)),
-    "target": (toy_with_target, Parallel(shard=2)),
-    "target, replicate": (toy_with_target, Parallel(shard=1)),
     "unet": (lambda **kw: digits(dropout=0.0, steps=3, **kw), Parallel(shard=2, checkpoint=True)),
     # Pairs of rows, so that some have no row for one of the networks.
     "two stages": (two_stages, Parallel(shard=2, micro_batch=2)),
@@ -156,8 +154,8 @@ def test_every_division_gives_the_same_curve(case, tmp_path):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("shard", [1, 2, 4])
-def test_four_processes_in_every_mesh(shard, tmp_path):
+@pytest.mark.parametrize("shard", [1, 4])
+def test_four_copies_and_four_shards(shard, tmp_path):
     train(toy(steps=3), tmp_path / "one")
     train_together(toy(steps=3, parallel=Parallel(shard=shard)), tmp_path / "four", processes=4)
     assert_near(tmp_path / "four", tmp_path / "one")
@@ -247,6 +245,30 @@ def test_mistakes_end_every_process(tmp_path):
         assert "__0_0.distcp was truncated or altered" in err
     with pytest.raises(CheckpointError):
         Trainer(toy(), tmp_path / "run")
+
+
+@pytest.mark.dist
+def test_two_processes_sample_and_evaluate_as_one(tmp_path):
+    """The files are equal to the bit; sums of features are added in another order."""
+    run = tmp_path / "run"
+    train(toy(steps=1), run)
+    words = ["sample", run, "--steps", "2", "--seeds", "0-69", "--batch", "20", "--out"]
+    assert cli.main([*map(str, words), str(tmp_path / "one.safetensors")]) == 0
+    assert cli.main(["evaluate", str(run), "evaluation.batch_size=20"]) == 0
+    alone = results.read(run / "results.json")
+    ended = torchrun(["-m", "fastflow"], *words, tmp_path / "two.safetensors")
+    ended += torchrun(
+        ["-m", "fastflow"], "evaluate", run, "evaluation.batch_size=20", "--keep-samples"
+    )
+    for process, out, err in ended:
+        assert process.returncode == 0, f"{out}\n{err}"
+    assert [out == "" for _, out, _ in ended] == [False, True] * 2
+    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert len(list((run / "samples").glob("*/seeds_*.safetensors"))) == 8
+    for row, single in zip(results.read(run / "results.json"), alone, strict=True):
+        assert row.value == pytest.approx(single.value, rel=1e-9)
+        assert row.hardware.startswith("2 x ")
 
 
 @pytest.mark.dist

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from callbacks.checkpoint import CheckpointCallback
@@ -25,7 +24,9 @@ def run_dir(stopped_copy):
 
 
 def contents(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """All files but the lock, which is left by whoever tried."""
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {p.relative_to(folder): p.read_bytes() for p in found}
 
 
 FILES = ("__0_0.distcp", ".metadata", "meta.json")
@@ -46,54 +47,102 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "empty", "altered"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_refused_and_left_alone(name, how, run_dir):
-    damage(run_dir / "checkpoints" / "step_00000005" / name, how)
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(name, how, run_dir, capsys):
+    bad = run_dir / "checkpoints" / "step_00000005" / name
+    damage(bad, how)
+    before = contents(run_dir)
+    assert Model.load(run_dir).step == 4
+    assert contents(run_dir) == before
+    warning = _one_line(capsys)
+    assert f"{bad} {'is missing' if how == 'missing' else 'was truncated or altered'}" in warning
+    assert "using" in warning
+    assert "step_00000004" in warning
+    assert Trainer(toy(), run_dir).state.step == 4
+    warning = _one_line(capsys)
+    assert str(bad) in warning
+    assert f"going on from {run_dir}/checkpoints/step_00000004" in warning
+    assert "kept: damaged_step_00000005" in warning
+    assert Trainer(toy(), run_dir).state.step == 4
+    assert capsys.readouterr().err == ""  # it was said once, and nothing is wrong any more
+
+
+def _one_line(capsys):
+    err = capsys.readouterr().err
+    assert err.startswith("fastflow: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_a_damaged_checkpoint_is_saved_again_and_kept_aside(run_dir, tmp_path):
+    experiment = toy(callbacks=(*drivers(), lazy(CheckpointCallback, every=1)))
+    root = run_dir / "checkpoints"
+    for _ in range(2):
+        damage(root / "step_00000005" / "__0_0.distcp", "truncated")
+        (root / "latest").write_text("step_00000005")
+        shutil.rmtree(root / "step_00000006", ignore_errors=True)
+        state = train(experiment, run_dir)
+    assert_same(state, train(experiment, tmp_path / "straight"))
+    assert saved_steps(run_dir) == [4, 5, 6]
+    kept = ["damaged_step_00000005", "damaged_step_00000005.2"]
+    assert sorted(p.name for p in root.glob("damaged_*")) == kept
+
+
+def test_when_none_is_good_all_are_named(run_dir):
+    for step, name in ((4, "meta.json"), (5, "__0_0.distcp")):
+        damage(run_dir / "checkpoints" / f"step_0000000{step}" / name, "missing")
     before = contents(run_dir)
     for use in (lambda: Trainer(toy(), run_dir), lambda: Model.load(run_dir)):
         with pytest.raises(CheckpointError) as caught:
             use()
         text = str(caught.value)
-        assert "step_00000005" in text
-        assert "checkpoints/latest" in text  # where to write the name of an earlier one
+        assert f"no checkpoint of {run_dir} is good" in text
+        assert "step_00000004/meta.json is missing" in text
+        assert "step_00000005/__0_0.distcp is missing" in text
         assert "\n" not in text
     assert contents(run_dir) == before
 
 
-def test_every_number_of_meta_json_is_sealed(run_dir):
+def test_every_number_of_meta_json_is_sealed(run_dir, capsys):
     path = run_dir / "checkpoints" / "step_00000005" / "meta.json"
     path.write_text(path.read_text().replace('"step": 5', '"step": 3'))
-    with pytest.raises(CheckpointError, match="meta.json was truncated or altered"):
+    Trainer(toy(), run_dir)
+    assert "meta.json was truncated or altered" in _one_line(capsys)
+
+
+def test_swapped_checkpoints_are_found_out(run_dir):
+    root = run_dir / "checkpoints"
+    (root / "step_00000004").rename(root / "other")
+    (root / "step_00000005").rename(root / "step_00000004")
+    (root / "other").rename(root / "step_00000005")
+    with pytest.raises(CheckpointError, match="step_00000005 holds the checkpoint of step 4; .*"):
         Trainer(toy(), run_dir)
 
 
-def test_the_advice_works(run_dir, tmp_path):
-    """Going back to an earlier checkpoint gives the same run, and keeps the later folder."""
-    damage(run_dir / "checkpoints" / "step_00000005" / "__0_0.distcp", "truncated")
+@pytest.mark.parametrize("name", [None, b"step_00000099", b"", b"nonsense", b"\xff\xfe\x00"])
+def test_without_a_pointer_the_newest_good_checkpoint_is_used(name, run_dir, capsys):
+    """As after a kill between the first checkpoint and the pointer to it."""
+    pointer = run_dir / "checkpoints" / "latest"
+    pointer.unlink()
+    if name is not None:
+        pointer.write_bytes(name)
+    assert Trainer(toy(), run_dir).state.step == 5
+    assert f"{pointer} names no checkpoint that is there" in _one_line(capsys)
+    assert pointer.read_text() == "step_00000005"
+
+
+def test_a_pointer_without_any_checkpoint_is_an_error(run_dir):
+    for folder in (run_dir / "checkpoints").glob("step_*"):
+        shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="latest names a checkpoint, but there is none"):
+        Trainer(toy(), run_dir)
+
+
+def test_one_can_go_back_to_an_earlier_checkpoint(run_dir, tmp_path, capsys):
     (run_dir / "checkpoints" / "latest").write_text("step_00000004\n")
     state = train(toy(), run_dir)
+    assert "names step_00000004, though there is step_00000005" in _one_line(capsys)
     assert_same(state, train(toy(), tmp_path / "straight"))
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000006"
-
-
-@pytest.mark.parametrize("name", ["step_00000099", "", "nonsense", "step_0000"])
-def test_a_pointer_to_nowhere_is_an_error(name, run_dir):
-    (run_dir / "checkpoints" / "latest").write_text(name)
-    before = contents(run_dir)
-    with pytest.raises(CheckpointError, match="step_00000004, step_00000005"):
-        Trainer(toy(), run_dir)
-    assert contents(run_dir) == before
-
-
-def test_an_unreadable_pointer_is_an_error(run_dir):
-    (run_dir / "checkpoints" / "latest").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CheckpointError, match="latest cannot be read"):
-        Trainer(toy(), run_dir)
-
-
-def test_without_a_pointer_the_newest_complete_checkpoint_is_the_latest(run_dir):
-    """As after a kill between the first checkpoint and the pointer to it."""
-    (run_dir / "checkpoints" / "latest").unlink()
-    assert Trainer(toy(), run_dir).state.step == 5
 
 
 def test_weights_without_a_checkpoint_are_not_trained_over(tmp_path):
@@ -160,47 +209,21 @@ def test_the_newest_are_kept(tmp_path):
     assert_same(state, train(experiment, tmp_path / "straight"))
 
 
-def test_killed_while_saving_leaves_the_last_one_valid(run_dir, tmp_path, monkeypatch):
+def test_those_of_some_steps_are_kept_for_ever(tmp_path):
+    callbacks = (*drivers(), lazy(CheckpointCallback, every=1, keep=1, keep_every=2))
+    train(toy(callbacks=callbacks), tmp_path / "run", stop_at=5)
+    assert saved_steps(tmp_path / "run") == [2, 4, 5]
+
+
+def test_killed_while_saving_leaves_the_last_one_valid(run_dir, tmp_path):
     """What a kill leaves: files under a temporary name."""
     partial = run_dir / "checkpoints" / ".partial_step_00000006"
     shutil.copytree(run_dir / "checkpoints" / "step_00000005", partial)
     (partial / "meta.json").unlink()
     trainer = Trainer(toy(), run_dir)
     assert trainer.state.step == 5
-    assert_same(trainer.fit(), train(toy(), tmp_path / "straight"))
     assert not list((run_dir / "checkpoints").glob(".partial*"))
-
-
-@pytest.mark.parametrize("where", ["tensors", "interrupt", "meta", "pointer"])
-def test_a_failing_disk_leaves_the_last_one_valid(where, tmp_path, monkeypatch):
-    experiment = toy()
-    train(experiment, tmp_path / "run", stop_at=4)
-    with monkeypatch.context() as patch:
-        error = KeyboardInterrupt() if where == "interrupt" else OSError(28, "No space left")
-        _fail(patch, where, error)
-        kind = KeyboardInterrupt if where == "interrupt" else CheckpointError
-        with pytest.raises(kind) as caught:
-            train(experiment, tmp_path / "run", stop_at=5)
-    if where != "interrupt":
-        text = str(caught.value)
-        assert "checkpoint at step 5 was not written" in text
-        assert "No space left" in text
-        assert "step_00000004" in text
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000004"
-    state = train(experiment, tmp_path / "run")
-    assert_same(state, train(experiment, tmp_path / "straight"))
-
-
-def _fail(patch, where, error):
-    def fail(*args, **kwargs):
-        raise error
-
-    if where in ("tensors", "interrupt"):
-        patch.setattr(dcp.FileSystemWriter, "write_data", fail)
-        return
-    write = checkpoint._write_text
-    name = {"meta": "meta.json", "pointer": "latest"}[where]
-    patch.setattr(checkpoint, "_write_text", lambda p, t: (fail if p.name == name else write)(p, t))
+    assert_same(trainer.fit(), train(toy(), tmp_path / "straight"))
 
 
 def test_a_failing_disk_at_the_end_is_told(tmp_path, monkeypatch):
