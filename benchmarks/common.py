@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from configs.experiments.EDM import config_cm_cifar10
 from fastflow.config import build, lazy
 from fastflow.experiment import Experiment
 from fastflow.network import Network
+from fastflow.timing import Stopwatch
 from fastflow.wrappers import EDMDenoiser
 from networks.song_unet import SongUNet
 
@@ -107,28 +105,16 @@ def autocast(options: argparse.Namespace) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16")
 
 
+def stopwatch(options: argparse.Namespace) -> Stopwatch:
+    """How the options ask for time to be taken."""
+    return Stopwatch(torch.device(options.device), options.clock, options.repeats)
+
+
 def interleaved(
     actions: Mapping[str, Callable[[], object]], options: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Seconds of each action, taken in turns after one warm-up each.
-
-    Load from elsewhere then falls on all of them alike, and ratios of medians stay meaningful.
-    """
-    for action in actions.values():
-        action()
-    return _in_turns(actions, options)
-
-
-def _in_turns(
-    actions: Mapping[str, Callable[[], object]], options: argparse.Namespace
-) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(options.repeats):
-        for name, action in actions.items():
-            began = now(options)
-            action()
-            seconds[name].append(now(options) - began)
-    return seconds
+    """Seconds of each action, taken in turns after one warm-up each."""
+    return stopwatch(options).interleaved(actions)
 
 
 COSTS = ("seconds", "ratio", "peak MiB", "ratio")
@@ -142,7 +128,7 @@ def costs(
     actions[base]()  # what this leaves, as an optimizer's state, is there in all the others
     # Before the turns, as their warm-up: the process keeps memory that later ones free.
     memory = {name: peak_memory(action, device) for name, action in actions.items()}
-    seconds = _in_turns(actions, options)
+    seconds = stopwatch(options).in_turns(actions)
     return {
         name: (
             f"{statistics.median(seconds[name]):.4f}",
@@ -161,14 +147,6 @@ def a_batch(network: Network, size: int, device: torch.device) -> tuple[Tensor, 
         return x, None
     rows = torch.arange(size) % network.cond_dim
     return x, torch.eye(network.cond_dim, device=device)[rows]
-
-
-def now(options: argparse.Namespace) -> float:
-    """Seconds on the chosen clock, the device having finished."""
-    device = torch.device(options.device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.process_time() if options.clock == "cpu" else time.perf_counter()
 
 
 def peak_memory(action: Callable[[], object], device: torch.device) -> float:
@@ -209,12 +187,4 @@ def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
 
 def machine(options: argparse.Namespace) -> str:
     """The hardware, the versions and how busy the machine was, on one line."""
-    device = torch.device(options.device)
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    return (
-        f"{hardware}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, "
-        f"{options.clock} clock, torch {torch.__version__}"
-    )
+    return stopwatch(options).machine()

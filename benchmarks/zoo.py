@@ -7,8 +7,10 @@
 
 Each `config_*.py` is trained in `runs/NAME`, after the runs it needs, and measured in 1, 2 and 4
 steps and those of its own evaluation. The table is that of `fastflow compare`: each value beside
-the bound that the configuration states (`expected`) and beside the real data. A value above its
-bound, a bound that nothing was measured for, and a run that failed make the exit status 1.
+the bound that the configuration states (`expected`) and beside the real data. A value worse than
+its bound, a bound that nothing was measured for, and a run that failed make the exit status 1.
+The same as a page is `runs/report-FOLDER.html`, and images of all runs from the same noise are
+`runs/report-FOLDER.png`.
 
 Finished runs and measurements are used again. Each process has one thread, on the CPU, so on one
 machine the table (standard output) is the same each time it is made. What takes how long goes to
@@ -28,15 +30,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from torch import Tensor
+
 from fastflow import run_dir as run_directory
+from fastflow.checkpoint.files import write_text
 from fastflow.config import diff, load_experiment
 from fastflow.distributed import World
 from fastflow.errors import ConfigError, FastflowError
 from fastflow.evaluation.compare import lines_of
-from fastflow.evaluation.results import FILE, Result, label, read
+from fastflow.evaluation.gallery import draw, drawn, same_noise
+from fastflow.evaluation.report import page
+from fastflow.evaluation.results import FILE, label
+from fastflow.evaluation.runs import Run, runs_in
 from fastflow.evaluation.table import Line, render
 from fastflow.experiment import Experiment, Prerequisite
 from fastflow.generate import step_times
+from fastflow.model import Model
+from fastflow.pictures import save_rows
 from fastflow.prerequisites import Stage, check_all, position, unfinished
 
 RUNS = Path("runs")
@@ -91,19 +101,47 @@ def bench(folder: Path, at_once: int) -> int:
     stages = found(folder)
     logs = RUNS / f"logs-{folder.resolve().name.lower()}"
     failures = work(planned(stages), at_once, logs)
-    shown: list[Line] = []
-    minutes: list[str] = []
+    lines: list[Line] = []
+    runs: list[Run] = []
     for stage in stages:
-        rows, name = measured(stage), stage.experiment.name
-        lines = lines_of(rows, name, stage.experiment.expected)
-        failures += misses(stage.experiment, lines)
-        shown += lines
-        minutes += [f"{name} {row.train_seconds / 60:.1f}" for row in rows[:1]]
-    print(render(shown, "text"))
+        run = measured(stage)
+        own = lines_of(run, stage.experiment) if run is not None else []
+        failures += misses(stage.experiment, own)
+        lines += own
+        runs += [run] if run is not None else []
+    # How long training took is another time each time.
+    print(render([dataclasses.replace(line, train_seconds=None) for line in lines], "text"))
     for text in failures:
         print(f"FAILED {text}")
+    if runs:
+        for path in report(lines, runs, RUNS / f"report-{folder.resolve().name.lower()}"):
+            print(f"written to {path}")
+    minutes = [f"{run.experiment} {run.rows[0].train_seconds / 60:.1f}" for run in runs]
     _say(f"minutes of training on one core: {', '.join(minutes) or 'none'}")
     return 1 if failures else 0
+
+
+def report(lines: Sequence[Line], runs: Sequence[Run], to: Path) -> list[Path]:
+    """Write the comparison as a page, and where samples are images a picture of all runs.
+
+    Args:
+        lines, runs: what was measured, and of what.
+        to: the files' path without suffix.
+    """
+    pictures: dict[str, dict[str, Tensor]] = {}
+    for run in runs:
+        model = Model.load(run.folder)
+        if not drawn(run.folder, run.weights, run.rows[0].step):
+            draw(model, run.folder, sorted({row.steps for row in run.rows}))
+        if len(model.shape) == 3:
+            panels = {f"{n} steps" if n > 1 else "1 step": same_noise(model, n, 20) for n in STEPS}
+            pictures[run.experiment] = panels
+    page_file, picture_file = to.with_suffix(".html"), to.with_suffix(".png")
+    write_text(page_file, page(lines, runs))
+    if not pictures:
+        return [page_file]
+    save_rows(pictures, picture_file, columns=10)
+    return [page_file, picture_file]
 
 
 def found(folder: Path) -> list[Stage]:
@@ -253,25 +291,29 @@ def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def measured(stage: Stage) -> list[Result]:
-    """What was measured of the finished run as its configuration asks; [] if any of it lacks."""
-    experiment, path = stage.experiment, stage.run_dir / FILE
-    if not path.exists():
-        return []
+def measured(stage: Stage) -> Run | None:
+    """What was measured of the finished run as its configuration asks; None if any of it lacks."""
+    experiment = stage.experiment
+    if not (stage.run_dir / FILE).exists():
+        return None
     evaluation = experiment.evaluation
-    weights = run_directory.find(stage.run_dir).names[0]
+    found = runs_in(stage.run_dir, experiment.name)
+    run = next((run for run in found if run.weights == run.preferred), None)
+    if run is None:
+        return None
     times = {
         n: step_times(experiment.method, n, evaluation.times.get(n)) for n in _steps(experiment)
     }
-    rows = [
+    rows = tuple(
         row
-        for row in read(path)
+        for row in run.rows
         if times.get(row.steps) == row.times
-        and (row.step, row.weights) == (experiment.steps, weights)
+        and row.step == experiment.steps
         and (row.generated, row.first_seed, row.blocks)
         == (evaluation.samples, evaluation.seed, evaluation.blocks)
-    ]
-    return rows if {row.steps for row in rows} == times.keys() else []
+    )
+    complete = {row.steps for row in rows} == times.keys()
+    return dataclasses.replace(run, rows=rows) if complete else None
 
 
 def misses(experiment: Experiment, lines: Sequence[Line]) -> list[str]:
@@ -285,11 +327,11 @@ def misses(experiment: Experiment, lines: Sequence[Line]) -> list[str]:
             if (line.metric, line.steps, line.expected, line.source)
             == (bound.metric, bound.steps, bound.value, bound.source)
         ]
-        kept = [line.difference is not None and line.difference <= 0 for line in against]
-        if not kept or not all(kept):
+        if not against or not all(line.reached for line in against):
             values = ", ".join(f"{x.measured:.3g}" for x in against if x.difference is not None)
             got = f"{values} measured" if values else "nothing comparable measured"
-            found.append(f"{experiment.name}: {what}: {got}, at most {bound.value:g} stated")
+            limit = "at least" if "higher" in {line.better for line in against} else "at most"
+            found.append(f"{experiment.name}: {what}: {got}, {limit} {bound.value:g} stated")
     return found
 
 

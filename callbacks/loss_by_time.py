@@ -23,7 +23,7 @@ class LossByTime(Observer):
     Args:
         every: steps between lines.
         edges: increasing times between the buckets; None takes seven that divide the path's
-            range evenly in the logarithm of its noise-to-signal ratio.
+            range, at most from 0.002 to 80, evenly in the logarithm of its noise-to-signal ratio.
 
     Raises:
         ConfigError: `every` below 1, or edges that do not increase.
@@ -69,7 +69,8 @@ class LossByTime(Observer):
 def _even_edges(state: TrainState) -> list[float]:
     path = state.method.path
     bounds: Tensor = path.nsr(torch.tensor([path.t_min, path.t_max], dtype=torch.float64))
-    low, high = bounds.log().tolist()
+    # From pure data to pure noise there would be no even division.
+    low, high = bounds.clamp(0.002, 80.0).log().tolist()
     inner = torch.linspace(low, high, 9, dtype=torch.float64)[1:-1].exp()
     edges: list[float] = path.t_of_nsr(inner).tolist()
     return edges

@@ -13,7 +13,6 @@ from fastflow.errors import ConfigError, MissingPackageError
 from fastflow.measure import count, evaluating, measure, one_sample
 from fastflow.network import Network
 from fastflow.state import TrainState
-from fastflow.trainer import AUTOCAST
 
 
 class ModelSummary(Observer):
@@ -47,10 +46,8 @@ class ModelSummary(Observer):
     def on_start(self, state: TrainState) -> None:
         """Every process looks, for a sharded network needs all of them; one prints."""
         network = state.networks.student
-        device, dtype = state.world.device, AUTOCAST.get(state.experiment.precision)
         try:
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                table = self._table(network, device, self._depth)
+            table = self._table(network, state.world.device, self._depth)
         finally:
             reshard(network)
         if state.world.is_main:

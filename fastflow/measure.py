@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from fastflow.errors import ConfigError
 from fastflow.network import Network
@@ -23,8 +27,23 @@ def _sdpa(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: A
     return flops
 
 
+def _sdpa_backward(
+    grad: Sequence[int], q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any
+) -> int:
+    flops: int = sdpa_backward_flop_count(grad, q, k, v)
+    return flops
+
+
 # torch counts the fused attention of GPUs only.
-_OF_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa}
+_OF_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
+}
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts floating-point operations of convolutions and matrix products while it is entered."""
+    return FlopCounterMode(display=False, custom_mapping=_OF_CPU)
 
 
 class Cost(NamedTuple):
@@ -87,7 +106,7 @@ def measure(network: Network, device: torch.device, kernels: torch.device) -> Co
         kernels: the device for which kernels of attention are named.
     """
     inputs = one_sample(network, device)
-    counter = FlopCounterMode(display=False, custom_mapping=_OF_CPU)
+    counter = flop_counter()
     with evaluating(network):
         with counter, _Attention(kernels) as ordinary:
             network(*inputs)

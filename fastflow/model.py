@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from fastflow.generate import generate, step_times
 from fastflow.method import FlowMapMethod, Frozen, Networks
 from fastflow.network import Network
 from fastflow.run_dir import Stored, find, read, read_companion
-from fastflow.weights import load_strict
+from fastflow.weights import digest, load_strict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,16 @@ class Model:
     def nfe(self, steps: int) -> int:
         """Network calls for one sample."""
         return steps
+
+    def fingerprint(self) -> str:
+        """SHA-256 over weights, method and kind of device: with times and classes, all that a
+        seed's sample follows from."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        parts = (digest(self.network.state_dict()), repr(self.method), self.device.type)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def sample(
         self,

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MARGIN = 8
+_HEADING = 24
 BACKGROUND = (255, 255, 255)
 SIDE = 64
-"""Small images are enlarged by a whole factor, to about this many pixels."""
 MOST_COLUMNS = 16
 
 
@@ -38,17 +38,18 @@ def to_bytes(images: Tensor) -> Tensor:
     return torch.where(values.isnan(), 0.0, values).to(torch.uint8)
 
 
-def grid(images: Tensor, columns: int | None = None) -> Image:
+def grid(images: Tensor, columns: int | None = None, side: int = SIDE) -> Image:
     """Images [N, C, H, W] in [-1, 1], C 1 or 3, as one grid, small ones enlarged.
 
     Args:
         images: row by row.
         columns: images in a row; None makes the grid nearly square.
+        side: smaller images are enlarged by a whole factor, to about this many pixels.
     """
     from PIL import Image
 
     count, _, height, width = images.shape
-    factor = max(1, SIDE // max(height, width))
+    factor = max(1, side // max(height, width))
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     gap = max(1, factor // 2)
@@ -94,6 +95,39 @@ def save_panels(panels: Mapping[str, Tensor], path: Path, columns: int | None = 
         )
 
 
+def save_rows(
+    rows: Mapping[str, Mapping[str, Tensor]], path: Path, columns: int | None = None
+) -> None:
+    """Grids of images in a table, each row under its name and each column under its title, as PNG.
+
+    Args:
+        rows: images [N, C, H, W] in [-1, 1], C 1 or 3, by title, by name; all of one shape.
+        path: the file; its folder is made.
+        columns: images in a row of a grid, see `grid`.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    grids = [
+        {title: grid(images.cpu(), columns, side=SIDE // 2) for title, images in panels.items()}
+        for panels in rows.values()
+    ]
+    font = ImageFont.load_default(size=16)
+    left = max(math.ceil(font.getlength(name)) for name in rows) + 2 * MARGIN
+    first = next(iter(grids[0].values()))
+    across, down = first.width + MARGIN, first.height + MARGIN
+    size = (left + across * max(map(len, grids)), MARGIN + _HEADING + down * len(grids))
+    canvas = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    for place, title in enumerate(grids[0]):
+        draw.text((left + place * across, MARGIN), title, fill=(0, 0, 0), font=font)
+    for row, (name, panels) in enumerate(zip(rows, grids, strict=True)):
+        top = MARGIN + _HEADING + row * down
+        draw.text((MARGIN, top + first.height // 2), name, fill=(0, 0, 0), font=font, anchor="lm")
+        for place, panel in enumerate(panels.values()):
+            canvas.paste(panel, (left + place * across, top))
+    _write(lambda file: canvas.save(file, format="png"), path)
+
+
 def save_curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Every value of a log over its steps, one small plot each, as a PNG.
 
@@ -125,7 +159,7 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) ->
 def _side_by_side(pictures: Mapping[str, Image]) -> Image:
     from PIL import Image, ImageDraw, ImageFont
 
-    heading = 24 if any(pictures) else 0
+    heading = _HEADING if any(pictures) else 0
     width = sum(p.width + MARGIN for p in pictures.values()) + MARGIN
     height = max(p.height for p in pictures.values()) + heading + 2 * MARGIN
     canvas = Image.new("RGB", (width, height), BACKGROUND)

@@ -95,7 +95,7 @@ def expectations(experiment: Experiment) -> str:
 def _method(experiment: Experiment) -> str:
     method = experiment.method
     needs = ", ".join(sorted(method.needs))
-    return type(method).__name__ + (f", curriculum: {needs}" if needs else "")
+    return method.title + (f", curriculum: {needs}" if needs else "")
 
 
 def _networks(experiment: Experiment, networks: Networks) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 Format: TypeAlias = Literal["text", "markdown", "csv", "json"]
@@ -18,19 +20,35 @@ def as_json(records: Sequence[Mapping[str, object]]) -> str:
 
 
 def as_csv(names: Sequence[str], records: Sequence[Mapping[str, object]]) -> str:
-    """The records under a line of names, without a final newline."""
+    """The records under a line of names, without a final newline; texts stay on one line."""
     out = io.StringIO()
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records)
+    for record in records:
+        writer.writerow({n: printable(v) if isinstance(v, str) else v for n, v in record.items()})
     return out.getvalue().rstrip("\n")
 
 
 def as_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; a bar within a cell is escaped."""
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    for row in rows:
+        cells = [printable(cell).replace("|", chr(92) + "|") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """The text with "\ufffd" for whatever is no visible character: line ends, terminal codes."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def compact(number: float) -> str:
+    """A large number for people: 179200 -> 179.2k."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.4g}{unit}"
+    return f"{number:g}"
 
 
 def widths(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
@@ -38,18 +56,31 @@ def widths(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
     return [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
 
 
-def aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """One line of a text table: the first cell to the left, the others to the right."""
-    first, *rest = (
-        cell.ljust(w) if n == 0 else cell.rjust(w)
-        for n, (cell, w) in enumerate(zip(cells, widths, strict=True))
+def aligned(cells: Sequence[str], widths: Sequence[int], left: int = 1) -> str:
+    """One line of a text table: the first `left` cells to the left, the others to the right."""
+    placed = (
+        cell.ljust(width) if number < left else cell.rjust(width)
+        for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
     )
-    return clip("  ".join((f"  {first}", *rest)).rstrip())
+    return clip(f"  {'  '.join(placed)}".rstrip())
 
 
-def clip(text: str) -> str:
-    """The text, or as much of it as fits into `WIDTH` columns."""
-    return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
+def clip(text: str, width: int = WIDTH) -> str:
+    """The text on one line, or as much of it as fits into so many columns."""
+    text = printable(text)
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def wrapped(text: str, first: str = "", rest: str = "") -> list[str]:
+    """The text in lines of at most `WIDTH` columns, which start with `first`, then `rest`."""
+    lines = textwrap.wrap(
+        printable(text),
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_on_hyphens=False,
+    )
+    return lines or [first]
 
 
 class Footnotes:
@@ -66,6 +97,19 @@ class Footnotes:
             self._texts.append(text)
         return f"[{self._texts.index(text) + 1}]"
 
+    def marks(self, texts: Iterable[str]) -> str:
+        """What refers to several texts, such as "[2,4-6]"; "" for none."""
+        numbers = sorted({int(self.mark(text)[1:-1]) for text in texts if text})
+        parts = []
+        for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+            first, *rest = [number for _, number in run]
+            parts.append(f"{first}-{rest[-1]}" if rest else str(first))
+        return f"[{','.join(parts)}]" if parts else ""
+
     def lines(self) -> list[str]:
         """The texts behind their numbers."""
         return [f"[{number}] {text}" for number, text in enumerate(self._texts, 1)]
+
+    def __iter__(self) -> Iterator[str]:
+        """The texts in the order of their numbers."""
+        return iter(self._texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,16 @@ def gathered(weights: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
             # A copy, for tensors that share memory cannot be written to a file.
             whole[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return whole
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values of whole tensors, in hexadecimal."""
+    found = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def write_weights(path: Path, weights: dict[str, Tensor], header: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,12 @@ from torch import Tensor
 from fastflow.data.dataset import Table
 from fastflow.data.toy import Gaussian2D
 from fastflow.distributed import World
+from fastflow.errors import DataError
+from fastflow.evaluation.evaluate import evaluate
+from fastflow.evaluation.extractors import Extracted, Features, InceptionV3
+from fastflow.evaluation.metrics import FID, KID, InceptionScore, PrecisionRecall
 from fastflow.evaluation.results import Result
+from fastflow.evaluation.spec import Evaluation
 from fastflow.generate import generate, step_times
 from fastflow.method import FlowMapMethod
 from fastflow.network import Network
@@ -96,6 +102,81 @@ class PictureModel(Model):
         return self.change(self.pictures.fetch(rows)[0])
 
 
+def pictures(count: int, side: int = 4, seed: int = 0, name: str = "noise") -> Table:
+    """Random RGB pictures of bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randint(0, 256, (count, 3, side, side), generator=generator)
+    return Table(name, levels.to(torch.uint8), None, num_classes=0, flip=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pixels(Features):
+    """The pixels themselves as features, the first ones as logits: no network, no rounding."""
+
+    side: int = 4
+    classes: int = 5
+    weights: str = "none"
+
+    def build(self, device):
+        return PixelExtractor(self)
+
+
+class PixelExtractor:
+    """Counts the images that it sees."""
+
+    dtype = torch.float32
+    frechet = "fd_pixels"
+    quantisation = ""
+    seen = 0
+
+    def __init__(self, pixels: Pixels) -> None:
+        self.name = f"pixels {pixels.side}"
+        self.weights_hash = pixels.weights
+        self.dim, self.classes = 3 * pixels.side**2, pixels.classes
+        self._side = pixels.side
+
+    def require(self, shape):
+        if shape != (3, self._side, self._side):
+            raise DataError(f"pixels: images of shape {shape} given")
+
+    def __call__(self, images):
+        PixelExtractor.seen += len(images)
+        assert images.dtype == torch.uint8
+        x = images.flatten(1).float() / 127.5 - 1
+        return Extracted(x, 4 * x[:, : self.classes] if self.classes else None)
+
+
+def measured_by_inception(
+    world: World, weights: str, folder: str, scale: float = 1.0
+) -> dict[str, Result]:
+    """All metrics of six small pictures times `scale` against the pictures, by name."""
+    inception = InceptionV3(weights=weights)
+    metrics = (
+        FID(extractor=inception),
+        KID(extractor=inception, subsets=3, subset_size=5),
+        InceptionScore(extractor=inception, splits=2),
+        PrecisionRecall(extractor=inception),
+    )
+    data = pictures(6, side=32, name="pictures")
+    model = PictureModel(GaussianMap(), shape=data.shape, pictures=data, change=lambda x: x * scale)
+    plan = Evaluation(metrics=metrics, samples=6, steps=(1,), batch_size=2)
+    return {row.metric: row for row in evaluate(model, plan, data, world, cache=Path(folder))}
+
+
+def measured_by_pixels(world: World, folder: str) -> dict[str, Result]:
+    """All metrics on pixels of 70 brighter pictures against 100, by name."""
+    metrics = (
+        FID(extractor=Pixels()),
+        KID(extractor=Pixels(), subset_size=40),
+        InceptionScore(extractor=Pixels()),
+        PrecisionRecall(extractor=Pixels(), real=60),
+    )
+    data = pictures(100)
+    model = PictureModel(GaussianMap(), shape=data.shape, pictures=data, change=lambda x: x * 1.1)
+    plan = Evaluation(metrics=metrics, samples=70, steps=(1,), batch_size=20)
+    return {row.metric: row for row in evaluate(model, plan, data, world, cache=Path(folder))}
+
+
 class _Meeting:
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=30)
@@ -104,7 +185,7 @@ class _Meeting:
 
 @dataclasses.dataclass(frozen=True)
 class ThreadWorld(World):
-    """One of several processes, as a thread; its sums are real."""
+    """One of several processes, as a thread; what they exchange is real."""
 
     meeting: Any = None
 
@@ -114,6 +195,14 @@ class ThreadWorld(World):
         total = torch.stack(list(self.meeting.values)).sum(0)
         self.meeting.barrier.wait()
         return total
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        if self.is_main:
+            self.meeting.values[0] = action()
+        self.meeting.barrier.wait()
+        outcome = self.meeting.values[0]
+        self.meeting.barrier.wait()
+        return outcome
 
 
 def together(size: int, work: Callable[[World], Any]) -> list[Any]:

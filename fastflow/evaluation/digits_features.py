@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from fastflow.errors import DataError
+from fastflow.evaluation.extractors import Extracted
 
 WEIGHTS = Path(__file__).parent / "assets" / "digit_classifier.safetensors"
 DIM = 64
@@ -51,10 +52,14 @@ class DigitClassifier(nn.Module):
         features: Tensor = self.linear(x.flatten(1))
         return features
 
+    def logits(self, features: Tensor) -> Tensor:
+        """Class logits [B, 10] of features [B, 64]."""
+        logits: Tensor = self.head(silu(features))
+        return logits
+
     def forward(self, x: Tensor) -> Tensor:
         """Class logits [B, 10] of images [B, 1, 8, 8]."""
-        logits: Tensor = self.head(silu(self.features(x)))
-        return logits
+        return self.logits(self.features(x))
 
 
 def load_classifier(path: Path = WEIGHTS) -> DigitClassifier:
@@ -65,29 +70,36 @@ def load_classifier(path: Path = WEIGHTS) -> DigitClassifier:
 
 
 class DigitFeatureNet:
-    """The classifier as a feature extractor: 8x8 grey images -> [B, 64] float64.
+    """The classifier as a feature extractor: 8x8 grey images to features [B, 64], logits [B, 10].
 
     Accepts float images in [-1, 1] (anything outside is clamped) or uint8 images.
     """
 
     name = "digit-classifier-64"
     dim = DIM
+    classes = 10
+    dtype = torch.float64
+    frechet = "fid"
     quantisation = "17 levels"
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.weights_hash = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
         # float64: 8x8 images cost nothing, and no rounding depends on the batch.
-        self._net = load_classifier().to(device=device, dtype=torch.float64)
+        self._net = load_classifier().to(device=device, dtype=self.dtype)
         self._device = device
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        if images.shape[1:] != (1, 8, 8):
+    def require(self, shape: tuple[int, ...]) -> None:
+        if shape != (1, 8, 8):
             raise DataError(
-                f"digit features: images of shape {tuple(images.shape[1:])} given, (1, 8, 8) "
-                f"accepted; use InceptionV3 for other images"
+                f"digit features: images of shape {shape} given, (1, 8, 8) accepted; use "
+                f"InceptionV3 for other images"
             )
-        x = images.to(self._device, torch.float64)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Extracted:
+        self.require(tuple(images.shape[1:]))
+        x = images.to(self._device, self.dtype)
         if images.dtype == torch.uint8:
             x = x / 127.5 - 1
-        return self._net.features(quantise_levels(x))
+        features = self._net.features(quantise_levels(x))
+        return Extracted(features, self._net.logits(features))

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics as stats
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
-from torch.nn.functional import one_hot
 
 from fastflow.data.dataset import Dataset
 from fastflow.distributed import World
 from fastflow.download import cache_folder
-from fastflow.errors import DivergenceError
-from fastflow.evaluation.interface import Gauge, Reading, Sampler, Samples, Setting, Source
+from fastflow.evaluation.features import prepared
+from fastflow.evaluation.interface import Gauge, Reading, Sampler, Setting
 from fastflow.evaluation.results import Result, commit
+from fastflow.evaluation.sampling import Keep, generated, plan_of, require_balance
 from fastflow.evaluation.spec import Evaluation
-from fastflow.rng import fold_in
 
 Report: TypeAlias = Callable[[str, int, int], None]
 """Called with what is going on, how many samples of it are done, and how many there are."""
@@ -33,6 +32,7 @@ def evaluate(
     *,
     cache: Path | None = None,
     progress: Report | None = None,
+    keep: Keep | None = None,
 ) -> list[Result]:
     """Measure a model; every process must call it and gets the same rows.
 
@@ -47,102 +47,101 @@ def evaluate(
         world: the processes.
         cache: folder for statistics of real data; None takes `statistics` in the data cache.
         progress: told after each batch, on every process.
+        keep: tells where samples are kept, so that a second call goes on where a first one
+            stopped; None keeps none.
 
     Returns:
         A row for each metric and number of steps, in this order of steps.
 
     Raises:
-        ConfigError: a metric or times that do not fit the model.
-        DataError: missing weights of an extractor, or missing reference statistics.
+        ConfigError: a metric or times that do not fit the model, or too few samples for a metric.
+        DataError: missing weights of an extractor, reference statistics that are missing or of
+            something else, or real images with a NaN.
         DivergenceError: a sample is not finite.
     """
-    setting = Setting(model, evaluation, dataset, world, cache or cache_folder() / "statistics")
-    gauges = [metric.prepare(setting) for metric in evaluation.metrics]
-    rows: list[Result] = []
-    for steps in evaluation.steps:
-        began = time.perf_counter()
-        blocks = [_measure(setting, gauges, steps, b, progress) for b in range(evaluation.blocks)]
-        seconds = time.perf_counter() - began
-        for gauge, readings in zip(gauges, zip(*blocks, strict=True), strict=True):
-            for values in zip(*readings, strict=True):
-                rows.append(_row(setting, gauge.source, steps, values, seconds))
-    return rows
+    return Evaluator.of(model, evaluation, dataset, world, cache).measure(progress, keep)
 
 
-def _measure(
-    setting: Setting, gauges: list[Gauge], steps: int, block: int, progress: Report | None
-) -> list[list[Reading]]:
-    """The readings of each gauge for one block."""
-    meters = [gauge.start() for gauge in gauges]
-    evaluation = setting.evaluation
-    done = 0
-    for samples in _generated(setting, steps, block):
-        for meter in meters:
-            meter.update(samples)
-        done = min(evaluation.samples, done + evaluation.batch_size * setting.world.size)
-        if progress is not None:
-            of = f" (block {block + 1} of {evaluation.blocks})" if evaluation.blocks > 1 else ""
-            unit = "step" if steps == 1 else "steps"
-            progress(f"{steps} {unit}{of}", done, evaluation.samples)
-    return [meter.readings() for meter in meters]
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Metrics ready to measure a model, once or time and again while it is trained."""
 
+    setting: Setting
+    gauges: Sequence[Gauge]
 
-def _generated(setting: Setting, steps: int, block: int) -> Iterator[Samples]:
-    """This process's batches of a block: every size-th one."""
-    model, evaluation, world = setting.model, setting.evaluation, setting.world
-    between = evaluation.times.get(steps)
-    times = model.times(steps, between)
-    everything = range(evaluation.samples)
-    batches = [
-        everything[start : start + evaluation.batch_size]
-        for start in range(0, evaluation.samples, evaluation.batch_size)
-    ]
-    for turn in range(0, len(batches), world.size):
-        # A sharded network computes together: who has no batch left repeats the last one.
-        mine = turn + world.rank
-        indices = batches[min(mine, len(batches) - 1)]
-        first = evaluation.seed + block * evaluation.samples
-        seeds = range(first + indices.start, first + indices.stop)
-        labels = class_labels(seeds, model.cond_dim)
-        cond = None if labels is None else one_hot(labels, model.cond_dim).float()
-        x = model.sample(seeds, steps, between, None if cond is None else cond.to(model.device))
-        _check_finite(x, seeds, steps, model)
-        if mine < len(batches):
-            yield Samples(x, indices, seeds, labels, times)
+    @classmethod
+    def of(
+        cls,
+        model: Sampler,
+        evaluation: Evaluation,
+        dataset: Dataset,
+        world: World,
+        cache: Path | None = None,
+    ) -> Evaluator:
+        """Load what the metrics need; arguments and errors are those of `evaluate`."""
+        if evaluation.labels == "balanced":
+            require_balance(evaluation.samples, model.cond_dim, "evaluation.samples")
+        folder = cache or cache_folder() / "statistics"
+        setting = Setting(model, evaluation, dataset, world, folder)
+        return cls(setting, prepared(evaluation.metrics, setting))
 
+    def measure(self, progress: Report | None = None, keep: Keep | None = None) -> list[Result]:
+        """The rows of the model as it is now; arguments and errors are those of `evaluate`."""
+        evaluation = self.setting.evaluation
+        rows: list[Result] = []
+        for steps in evaluation.steps:
+            began = time.perf_counter()
+            blocks = [
+                self._block(steps, block, progress, keep) for block in range(evaluation.blocks)
+            ]
+            seconds = time.perf_counter() - began
+            rows += [
+                _row(self.setting, steps, readings, seconds)
+                for readings in zip(*blocks, strict=True)
+            ]
+        return rows
 
-def class_labels(seeds: range, classes: int) -> Tensor | None:
-    """Uniform class labels [n] for a conditional model; each depends on its seed alone."""
-    if classes == 0:
-        return None
-    return torch.tensor([fold_in(seed, "label") % classes for seed in seeds])
-
-
-def _check_finite(x: Tensor, seeds: range, steps: int, model: Sampler) -> None:
-    finite = x.isfinite().flatten(1).all(1)
-    if not finite.all():
-        seed = seeds[int((~finite).nonzero()[0])]
-        raise DivergenceError(
-            f"evaluation: the {steps}-step sample of seed {seed} has a NaN or infinite value; the "
-            f"weights {model.weights_name!r} of step {model.step} are unusable"
+    def _block(
+        self, steps: int, block: int, progress: Report | None, keep: Keep | None
+    ) -> list[Reading]:
+        """The readings of all gauges for one block of seeds."""
+        model, evaluation, world = (
+            self.setting.model,
+            self.setting.evaluation,
+            self.setting.world,
         )
+        meters = [gauge.start() for gauge in self.gauges]
+        plan = plan_of(evaluation, steps, block)
+        kept = None if keep is None else keep(plan)
+        done = 0
+        for samples in generated(model, plan, world, kept):
+            if samples is not None:
+                for meter in meters:
+                    meter.update(samples)
+            done = min(evaluation.samples, done + evaluation.batch_size * world.size)
+            if progress is not None:
+                of = f" (block {block + 1} of {evaluation.blocks})" if evaluation.blocks > 1 else ""
+                unit = "step" if steps == 1 else "steps"
+                progress(f"{steps} {unit}{of}", done, evaluation.samples)
+        return [reading for meter in meters for reading in meter.readings()]
 
 
-def _row(
-    setting: Setting, source: Source, steps: int, blocks: tuple[Reading, ...], seconds: float
-) -> Result:
+def _row(setting: Setting, steps: int, blocks: tuple[Reading, ...], seconds: float) -> Result:
     model, evaluation = setting.model, setting.evaluation
     values = tuple(reading.value for reading in blocks)
+    spreads = [reading.spread for reading in blocks if reading.spread is not None]
     first = blocks[0]
     return Result(
         experiment=model.experiment.name,
-        method=type(model.method).__name__,
+        method=model.method.title,
         dataset=setting.dataset.name,
         metric=first.metric,
         value=stats.fmean(values),
         std=stats.stdev(values) if len(values) > 1 else 0.0,
         min=min(values),
         values=values,
+        better=first.better,
+        spread=stats.fmean(spreads) if spreads else None,
         baseline=first.baseline,
         baseline_name=first.baseline_name,
         steps=steps,
@@ -152,11 +151,12 @@ def _row(
         first_seed=evaluation.seed,
         blocks=evaluation.blocks,
         generated=evaluation.samples,
-        extractor=source.extractor,
-        extractor_hash=source.extractor_hash,
-        reference=source.reference,
-        reference_hash=source.reference_hash,
-        quantisation=source.quantisation,
+        labels=evaluation.labels if model.cond_dim else "none",
+        extractor=first.source.extractor,
+        extractor_hash=first.source.extractor_hash,
+        reference=first.source.reference,
+        reference_hash=first.source.reference_hash,
+        quantisation=first.source.quantisation,
         weights=model.weights_name,
         step=model.step,
         images=model.images,

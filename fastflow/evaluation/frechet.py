@@ -23,27 +23,29 @@ def frechet_distance(a: Moments, b: Moments) -> float:
             f"Frechet distance: statistics of {a.dim} and of {b.dim} features given; both must "
             f"come from the same extractor"
         )
-    root = _square_root(a.cov)
-    cross = _clip(torch.linalg.eigvalsh(_symmetric(root @ b.cov @ root))).sqrt().sum()
-    distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
+    values, vectors = torch.linalg.eigh(_symmetric(a.cov))
+    values = _clip(values, _rounding(a))
+    root = (vectors * values.sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(_symmetric(root @ b.cov @ root))
+    cross = _clip(cross, values.max().item() * _rounding(b))
+    distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()
     # Never negative but for rounding.
-    return max(distance.item(), 0.0)
-
-
-def _square_root(cov: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(_symmetric(cov))
-    root: Tensor = (vectors * _clip(values).sqrt()) @ vectors.T
-    return root
+    return max((distance - 2 * cross.sqrt().sum()).item(), 0.0)
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def _clip(eigenvalues: Tensor) -> Tensor:
+def _rounding(moments: Moments) -> float:
+    """More than what sums in float64 leave of the covariance of equal features."""
+    return 1e-9 * moments.mean.square().sum().item()
+
+
+def _clip(eigenvalues: Tensor, rounding: float) -> Tensor:
     """Eigenvalues of a covariance without the negative ones that rounding makes."""
     lowest, largest = eigenvalues.min().item(), eigenvalues.abs().max().item()
-    if lowest < -1e-6 * largest:
+    if lowest < -(1e-6 * largest + rounding):
         raise DataError(
             f"Frechet distance: a covariance has the eigenvalue {lowest:.3g} (largest "
             f"{largest:.3g}); the statistics are damaged"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fastflow.evaluation.spec import Evaluation
     from fastflow.experiment import Experiment
     from fastflow.method import FlowMapMethod
+
+Better: TypeAlias = Literal["lower", "higher"]
+"""Which of two values of a metric is the better one."""
 
 
 class Sampler(Protocol):
@@ -128,21 +131,28 @@ class Source:
     quantisation: str = "none"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
     """One measured value of one block.
 
     Attributes:
         metric: its name.
-        value: lower is better.
+        value: what was measured.
         samples: generated samples it rests on.
-        baseline: the same distance where no model is involved, or None.
+        source: what it was measured with.
+        better: whether lower or higher values are better.
+        spread: standard deviation that the metric itself gives, of the parts it averages over
+            (subsets of a KID, splits of an Inception Score), or None.
+        baseline: the same measurement where no model is involved, or None.
         baseline_name: what the baseline is.
     """
 
     metric: str
     value: float
     samples: int
+    source: Source
+    better: Better = "lower"
+    spread: float | None = None
     baseline: float | None = None
     baseline_name: str = ""
 
@@ -158,11 +168,7 @@ class Meter(Protocol):
 
 
 class Gauge(Protocol):
-    """A metric ready to measure."""
-
-    @property
-    def source(self) -> Source:
-        """What it measures with."""
+    """One or several metrics ready to measure."""
 
     def start(self) -> Meter:
         """A fresh measurement, for one block of samples."""

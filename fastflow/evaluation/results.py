@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastflow.errors import DataError
+from fastflow.evaluation.interface import Better
 
 FILE = "results.json"
 _VERSION = 1
@@ -23,11 +24,14 @@ class Result:
 
     Attributes:
         experiment, method, dataset: what was trained, by which method, on what.
-        metric: what was measured; lower is better.
+        metric: what was measured.
         value: mean over the seed blocks.
         std: standard deviation over the blocks (n - 1), 0 for one block.
         min: smallest of the blocks.
         values: the value of each block.
+        better: whether lower or higher values are better.
+        spread: standard deviation that the metric itself gives within a block (subsets of a KID,
+            splits of an Inception Score), mean over the blocks; None where it gives none.
         baseline, baseline_name: the same distance where no model is involved, if there is one.
         steps: sampler steps.
         times: start time of each step, in the method's own time.
@@ -35,6 +39,7 @@ class Result:
         samples: generated samples that each block's value rests on.
         first_seed, blocks: block k has the seeds from first_seed + k generated on.
         generated: generated samples per block, of which `samples` were used.
+        labels: classes of the samples, see `Evaluation`; "none" without classes.
         extractor, extractor_hash: feature extractor and SHA-256 of its weights.
         reference, reference_hash: what it was compared with; SHA-256 of the statistics file, or
             the dataset's fingerprint.
@@ -57,6 +62,8 @@ class Result:
     std: float
     min: float
     values: tuple[float, ...]
+    better: Better = "lower"
+    spread: float | None = None
     baseline: float | None
     baseline_name: str
     steps: int
@@ -66,6 +73,7 @@ class Result:
     first_seed: int
     blocks: int
     generated: int
+    labels: str = "random"
     extractor: str
     extractor_hash: str
     reference: str
@@ -88,6 +96,11 @@ class Result:
         return label(self.metric, self.samples)
 
     @property
+    def best(self) -> float:
+        """The best of the blocks."""
+        return max(self.values) if self.better == "higher" else self.min
+
+    @property
     def ratio(self) -> float | None:
         """Measured over baseline, or None."""
         return self.value / self.baseline if self.baseline else None
@@ -97,17 +110,44 @@ class Result:
         """Measuring again with an equal key replaces the row."""
         return (
             *(self.experiment, self.metric, self.steps, self.times, self.samples, self.generated),
-            *(self.first_seed, self.blocks, self.extractor_hash, self.reference_hash),
-            *(self.quantisation, self.weights, self.step),
+            *(self.first_seed, self.blocks, self.labels, self.extractor_hash),
+            *(self.reference_hash, self.quantisation, self.weights, self.step),
         )
 
 
+_LABELS = {
+    "fid": "FID",
+    "fid_half": "FID half",
+    "fd_dinov2": "FD-DINOv2",
+    "fd_dinov2_half": "FD-DINOv2 half",
+    "fd_vgg16": "FD-VGG16",
+    "fd_vgg16_half": "FD-VGG16 half",
+    "kid": "KID",
+    "inception_score": "IS",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
 def label(metric: str, samples: int) -> str:
-    """A metric, and for a FID the number of samples it rests on: FID-50k, FID half-898."""
-    name = metric.replace("_", " ")
-    if not metric.startswith("fid"):
-        return name
-    return f"{name.replace('fid', 'FID', 1)}-{count(samples)}"
+    """A metric's name for people: FID-50k, FID half-898, energy distance.
+
+    What is measured on features of images always names the number of samples it rests on, for it
+    changes with it; nothing is called FID-50k that does not rest on 50,000 samples.
+    """
+    if not counted(metric):
+        return metric.replace("_", " ")
+    return f"{_LABELS.get(metric, metric.replace('_', ' '))}-{count(samples)}"
+
+
+def counted(metric: str) -> bool:
+    """Whether values of a metric are comparable only where they rest on as many samples."""
+    return metric in _LABELS or metric.startswith("fd_")
+
+
+def improves(value: float, other: float, better: Better) -> bool:
+    """Whether a value is better than another of the same metric."""
+    return value > other if better == "higher" else value < other
 
 
 def count(number: int) -> str:

@@ -13,7 +13,8 @@ from fastflow.parts import Part
 if TYPE_CHECKING:
     from fastflow.evaluation.interface import Gauge, Setting
 
-Quantisation: TypeAlias = Literal["truncate", "round", "none"]
+Quantisation: TypeAlias = Literal["truncate", "floor", "none"]
+Labels: TypeAlias = Literal["random", "balanced"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,9 +72,13 @@ class Evaluation(Part):
             `seed + k * samples + i`.
         blocks: disjoint seed blocks; a row reports their mean, standard deviation and minimum.
         batch_size: samples generated at once. It changes results by float rounding only.
-        quantisation: how images become uint8 before a feature extractor sees them: "truncate" is
-            clip(127.5 x + 128, 0, 255) rounded down (EDM, arXiv 2206.00364), "round" is
-            (x + 1) 127.5 to the nearest, "none" keeps floats.
+        labels: classes of a conditional model: "random" draws them uniformly, each by its seed, as
+            published figures do; "balanced" has each equally often, which makes FIDs smaller.
+        quantisation: how generated images become uint8 before a feature extractor sees them:
+            "truncate" is clip(127.5 x + 128, 0, 255) rounded down (EDM, EDM2, arXiv 2206.00364),
+            "floor" is clip(127.5 x + 127.5, 0, 255) rounded down (ADM, OpenAI's consistency
+            models, py-meanflow), "none" keeps floats. Real images become their nearest bytes:
+            those they were stored as.
     """
 
     metrics: tuple[Metric, ...]
@@ -83,6 +88,7 @@ class Evaluation(Part):
     seed: int = 0
     blocks: int = 1
     batch_size: int = 256
+    labels: Labels = "random"
     quantisation: Quantisation = "truncate"
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Mean and covariance of features, summed in float64 in any order by any number of processes."""
+"""What all processes measured together: mean and covariance of features, and rows by place."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class FeatureStatistics:
     """Running sums (n, sum x, sum x x^T) of features; those of parts add up to the whole's.
 
     mean = sum / n, cov = (outer - n mean mean^T) / (n - 1), as EDM's fid.py. All in float64: the
-    order of updates and the number of processes change the result by rounding only, about 1e-13
-    of the largest entry.
+    order of updates, their sizes and the number of processes change the result by rounding only,
+    less than 1e-12 of the largest entry of the second moments.
 
     Args:
         dim: number of features.
@@ -91,8 +91,34 @@ class FeatureStatistics:
         return result
 
 
+class RowTable:
+    """A table that the processes fill together, each row by one of them, in any order.
+
+    Args:
+        size: rows.
+        shape: of a row.
+        dtype: of the values; they come out as they were put in, to the bit.
+        world: the processes; each holds a whole table on its device.
+    """
+
+    def __init__(self, size: int, shape: tuple[int, ...], dtype: torch.dtype, world: World) -> None:
+        self._table = torch.zeros(size, *shape, dtype=dtype, device=world.device)
+        self._world = world
+
+    def put(self, places: Tensor, values: Tensor) -> None:
+        """Fill in rows: values [n, *shape] for places int64 [n] in 0 .. size - 1."""
+        self._table[places.to(self._table.device)] = values.to(self._table)
+
+    def whole(self) -> Tensor:
+        """The table [size, *shape] with the rows of all, on the CPU; every process must call it."""
+        return self._world.sum(self._table).cpu()
+
+
 def save_moments(moments: Moments, path: Path) -> None:
-    """Write statistics atomically: EDM's format (mu, sigma) for .npz, else safetensors."""
+    """Write statistics atomically: EDM's format for .npz, safetensors for any other name.
+
+    EDM's has mu and sigma alone; safetensors also tell the number of samples and `info`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     if path.suffix == ".npz":

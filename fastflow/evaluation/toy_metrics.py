@@ -10,10 +10,10 @@ from torch.nn.functional import one_hot
 
 from fastflow.data.toy import Toy
 from fastflow.errors import ConfigError
-from fastflow.evaluation.evaluate import class_labels
 from fastflow.evaluation.interface import Gauge, Meter, Reading, Samples, Setting, Source
-from fastflow.evaluation.reference import gather_rows
+from fastflow.evaluation.sampling import class_labels
 from fastflow.evaluation.spec import Metric
+from fastflow.evaluation.statistics import RowTable
 from fastflow.oracle import Gaussian, Mixture
 from fastflow.rng import SampleNoise, fold_in
 from fastflow.sampling import FlowMap, prior
@@ -108,7 +108,7 @@ class _FlowMapGauge:
         model = self.setting.model
         first = self.setting.evaluation.seed
         seeds = range(first, first + self.samples)
-        labels = class_labels(seeds, model.cond_dim)
+        labels = class_labels(seeds, model.cond_dim, self.setting.evaluation.labels)
         cond = None if labels is None else one_hot(labels, model.cond_dim).float()
         exact = self.map_of(labels)
         t_max = model.method.path.t_max
@@ -143,11 +143,14 @@ class _FlowMapMeter:
         world = gauge.setting.world
         # Summed first: a process without samples does not know the number of steps.
         total, count, single = world.sum(self._sums.to(world.device)).tolist()
-        found = [Reading("flow_map_error", total / count, gauge.samples)]
+        errors = {"flow_map_error": total / count}
         if single and gauge.jumps:
             for (t, s), error in zip(gauge.jumps, gauge.jump_errors(), strict=True):
-                found.append(Reading(f"jump_error_{t:g}_{s:g}", error, gauge.samples))
-        return found
+                errors[f"jump_error_{t:g}_{s:g}"] = error
+        return [
+            Reading(metric=name, value=error, samples=gauge.samples, source=gauge.source)
+            for name, error in errors.items()
+        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,23 +210,25 @@ class _EnergyGauge:
 
 class _EnergyMeter:
     def __init__(self, gauge: _EnergyGauge) -> None:
+        setting = gauge.setting
         self._gauge = gauge
-        self._rows: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
-        self._points: list[Tensor] = [torch.empty(0, *gauge.setting.model.shape)]
+        self._points = RowTable(gauge.samples, setting.model.shape, torch.float64, setting.world)
 
     def update(self, samples: Samples) -> None:
         kept = samples.first(self._gauge.samples)
-        self._rows.append(torch.tensor(kept.indices, dtype=torch.int64))
-        self._points.append(kept.x.cpu())
+        self._points.put(torch.tensor(kept.indices, dtype=torch.int64), kept.x)
 
     def readings(self) -> list[Reading]:
         gauge = self._gauge
-        points = gather_rows(
-            torch.cat(self._rows), torch.cat(self._points), gauge.samples, gauge.setting.world
-        )
-        value = energy_distance(points.flatten(1), gauge.real)
         return [
-            Reading("energy_distance", value, gauge.samples, gauge.baseline, "real against real")
+            Reading(
+                metric="energy_distance",
+                value=energy_distance(self._points.whole().flatten(1), gauge.real),
+                samples=gauge.samples,
+                source=gauge.source,
+                baseline=gauge.baseline,
+                baseline_name="real against real",
+            )
         ]
 
 

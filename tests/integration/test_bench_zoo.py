@@ -1,6 +1,7 @@
 """The benchmarks of a folder: jobs in order, each once, used again, and bounds that are held."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -11,14 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks import zoo
 from benchmarks.zoo import Job, main, misses, planned, work
+from evaluation_fakes import ROW, GaussianMap, PictureModel, pictures
 from fastflow import cli
 from fastflow.evaluation.compare import lines_of
 from fastflow.evaluation.results import read
+from fastflow.evaluation.runs import Run
 from fastflow.evaluation.spec import Expected
 from methods import edm, flow_matching
+from tiny import toy
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,7 +97,12 @@ def test_trained_in_order_measured_and_used_again(folder, calls, capsys):
     shown = capsys.readouterr().out
     assert "edm: EDM on gaussian_mixture2d" in shown
     assert shown.count("energy distance") == 7  # one line for each comparison
-    assert "1000.00 [2]" in shown
+    assert " min on " not in shown  # would differ each time
+    assert "written to runs/report-configs.html" in shown
+    page = Path("runs/report-configs.html").read_text()
+    assert page.count("<article") == 2
+    assert page.count("data:image/png") == 2 * 3
+    assert "1000.00 [3]" in shown
     calls.clear()
     assert main(["configs"]) == 0
     assert calls == []
@@ -135,19 +145,35 @@ def test_a_bound_that_was_not_compared_fails(folder, calls, capsys):
 
 
 def test_bounds_are_at_most_and_never_across_sample_counts(folder, calls):
-    from evaluation_fakes import ROW
-    from tiny import toy
-
-    def missed(**changes):
+    def missed(better="lower", **changes):
         bound = Expected(**{"steps": ROW.steps, "value": 3.0, "source": "here", **changes})
         experiment = toy(expected=(bound,))
-        return misses(experiment, lines_of([ROW], "runs/x", experiment.expected))
+        row = dataclasses.replace(ROW, better=better)
+        run = Run(name="x", folder=folder, rows=(row,))
+        return misses(experiment, lines_of(run, experiment))
 
     assert ROW.value == 3.0
+    assert missed("higher") == missed("higher", value=2.9) == []
+    [text] = missed("higher", value=3.1)
+    assert text == "tiny_toy: FID-50k in 2 steps: 3 measured, at least 3.1 stated"
     assert missed() == []
     assert missed(value=2.99) == ["tiny_toy: FID-50k in 2 steps: 3 measured, at most 2.99 stated"]
     [text] = missed(value=1e6, samples=5000)
     assert "nothing comparable measured" in text
+
+
+def test_images_are_drawn_side_by_side(folder, monkeypatch):
+    """One row for each run, one column for each number of steps, drawn again where missing."""
+    model = PictureModel(GaussianMap(), shape=(3, 4, 4), pictures=pictures(64))
+    monkeypatch.setattr(zoo.Model, "load", lambda folder: model)
+    run = Run(name="x", folder=Path("runs/x"), rows=(dataclasses.replace(ROW, step=100),))
+    written = zoo.report(lines_of(run, None), [run], Path("runs/report"))
+    assert [path.name for path in written] == ["report.html", "report.png"]
+    with Image.open(written[1]) as picture:
+        assert picture.width > 3 * 10 * 33
+    assert [p.name for p in Path("runs/x/samples").iterdir()] == [
+        "same_noise_ema_0.99_step00000100_2step.png"
+    ]
 
 
 def test_a_failed_run_fails_those_that_need_it_and_only_them(folder, calls, capsys):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,10 @@ from callbacks.ct_schedule import CTScheduleCallback
 from callbacks.jsonl_log import JsonlLog
 from fastflow import cli
 from fastflow.config import from_plain, lazy, load_experiment, save_yaml, to_yaml
+from fastflow.data.edm_zip import ImageZip
+from fastflow.evaluation.extractors import quantise
 from fastflow.evaluation.results import read
+from fastflow.evaluation.sampling import class_labels
 from fastflow.model import Model
 from fastflow.schedules import RatioStages
 from fastflow.trainer import Trainer
@@ -140,13 +144,26 @@ def test_the_default_run_directory_has_the_name(call, config, tmp_path, monkeypa
         (("sample", "RUN", "--times", "1,x"), ["--times", "'1,x' given"]),
         (("sample", "RUN", "--times", "1.0"), ["times: (1.0,) given for 1 steps"]),
         (("sample", "RUN", "--weights", "emma_0.9"), ["emma_0.9", "'ema_0.9'"]),
-        (("sample", "RUN", "--out", "x.gif"), ["--out", ".png or .npz"]),
+        (("sample", "RUN", "--out", "x.gif"), ["--out", ".png, .npz, .zip or .safetensors"]),
+        (("sample", "RUN", "--out", "x.npz"), ["--out", "shape (2,)", ".safetensors"]),
         (("sample", "RUN", "--label", "3"), ["label: 3 given", "unconditional"]),
+        (("sample", "RUN", "--per-class", "3"), ["--per-class", "without classes"]),
+        (("sample", "DIGITS", "--per-class", "0"), ["--per-class", "'0' given"]),
+        (("sample", "DIGITS", "--per-class", "3", "--label", "1"), ["--label", "not allowed"]),
+        (("sample", "DIGITS", "--labels", "even"), ["--labels", "'even'"]),
         (("sample", "DIGITS", "--label", "10"), ["label: 10 given", "0 to 9"]),
         (("sample", "DIGITS", "--label", "-1"), ["label: -1 given", "0 to 9"]),
         (("evaluate", "RUN", "batch_size=3"), ["'batch_size=3'", "evaluation.KEY=VALUE"]),
         (("evaluate", "RUN", "evaluation.sample=3"), ["evaluation.sample", "'samples'"]),
-        (("compare", "--format", "html"), ["'html'", "markdown"]),
+        (("evaluate", "RUN", "evaluation.labels=even"), ["evaluation.labels", "'even'"]),
+        (("bench-sampling",), ["either a model or --config"]),
+        (("bench-sampling", "RUN", "--config", "CONFIG"), ["either a model or --config"]),
+        (("bench-sampling", "RUN", "--ancestral", "1001"), ["--ancestral", "1 to 1000"]),
+        (("compare", "--format", "pdf"), ["'pdf'", "markdown"]),
+        (("compare", "--out", "x.pdf"), ["--out", "'x.pdf'", ".html"]),
+        (("compare", "--sort", "fid"), ["--sort", "'fid'", "measured"]),
+        (("compare", "--method", "CN"), ["--method", "'CN'", "'CM'"]),
+        (("compare", "--overview", "--format", "csv"), ["--overview", "csv", "text, markdown"]),
         (("doctor", "--config", "CONFIG", "stps=3"), ["stps", "'steps'"]),
     ],
 )
@@ -192,7 +209,7 @@ def test_an_abort_and_a_full_disk_are_one_line(call, config, tmp_path, monkeypat
 
 def test_help_and_version(call):
     assert call("--version")[:2] == (0, f"fastflow {cli.__version__}\n")
-    for command in ("train", "sample", "evaluate", "compare", "doctor"):
+    for command in ("train", "sample", "evaluate", "bench-sampling", "compare", "doctor"):
         status, out, _ = call(command, "--help")
         assert status == 0
         assert "usage: fastflow" in out
@@ -317,14 +334,16 @@ def test_sample_writes_a_picture_or_numbers(call, run_dir, digits_run, tmp_path)
     assert "9 samples, NFE 1, t = 80" in out
     assert Image.open(tmp_path / "a.png").size > (24, 24)
     words = ("--steps", "2", "--times", "0.5", "--seeds", "3-5", "--label", "7")
-    status, out, _ = call("sample", digits_run, *words, "--out", tmp_path / "new" / "a.npz")
+    out_file = tmp_path / "new" / "a.safetensors"
+    status, out, _ = call("sample", digits_run, *words, "--out", out_file)
     assert status == 0
     assert "3 samples, NFE 2, t = 80, 0.5" in out
-    stored = np.load(tmp_path / "new" / "a.npz")
+    stored = load_file(out_file)
     cond = torch.nn.functional.one_hot(torch.full((3,), 7), 10).float()
     expected = Model.load(digits_run).sample(range(3, 6), 2, (0.5,), cond)
-    assert np.array_equal(stored["samples"], expected.numpy())
-    assert stored["seeds"].tolist() == [3, 4, 5]
+    assert torch.equal(stored["x"], expected)
+    assert (stored["seeds"].tolist(), stored["labels"].tolist()) == ([3, 4, 5], [7, 7, 7])
+    assert [file.name for file in out_file.parent.iterdir()] == ["a.safetensors"]
     # By default beside the model; points in batches of the evaluation.
     status, out, _ = call("sample", run_dir, "--weights", "student", "--seeds", "0-300")
     assert status == 0
@@ -332,17 +351,140 @@ def test_sample_writes_a_picture_or_numbers(call, run_dir, digits_run, tmp_path)
 
 
 def test_samples_do_not_depend_on_how_they_are_batched(call, run_dir, tmp_path):
-    call("sample", run_dir, "--seeds", "0-299", "--out", tmp_path / "all.npz")
-    call("sample", run_dir, "--seeds", "290-299", "--out", tmp_path / "some.npz")
-    many, few = (np.load(tmp_path / f"{name}.npz")["samples"] for name in ("all", "some"))
+    call("sample", run_dir, "--seeds", "0-299", "--out", tmp_path / "all.safetensors")
+    words = ("--seeds", "290-299", "--batch", "3", "--out", tmp_path / "some.safetensors")
+    call("sample", run_dir, *words)
+    many, few = (load_file(tmp_path / f"{name}.safetensors")["x"] for name in ("all", "some"))
     assert many.shape == (300, 2)
-    np.testing.assert_allclose(many[290:], few, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(many[290:], few, rtol=1e-5, atol=1e-6)
+
+
+def labels_in(call, run, file, *words):
+    status, _, _ = call("sample", run, "--out", file, *words)
+    assert status == 0
+    return np.load(file)["arr_1"]
+
+
+def test_classes_of_samples(call, digits_run, tmp_path):
+    """Drawn as evaluation draws them, in turn, so many of each, or one for all."""
+    file = tmp_path / "a.npz"
+    seeds = ("--seeds", "10-39")
+    drawn = labels_in(call, digits_run, file, *seeds)
+    assert np.array_equal(drawn, class_labels(range(10, 40), 10).numpy())
+    assert np.array_equal(labels_in(call, digits_run, file, *seeds, "--labels", "random"), drawn)
+    turn = labels_in(call, digits_run, file, *seeds, "--labels", "balanced")
+    assert turn.tolist() == [*range(10)] * 3
+    many = labels_in(call, digits_run, file, "--seeds", "5", "--per-class", "4")
+    assert np.bincount(many).tolist() == [4] * 10
+    assert many[0] == 5
+    assert set(labels_in(call, digits_run, file, *seeds, "--label", "7")) == {7}
+
+
+def test_archives_hold_what_evaluation_sees(call, digits_run, tmp_path):
+    seeds = ("--seeds", "0-19", "--steps", "2")
+    for name in ("a.npz", "a.zip", "folder", "a.safetensors"):
+        assert call("sample", digits_run, *seeds, "--out", tmp_path / name)[0] == 0
+    floats = load_file(tmp_path / "a.safetensors")
+    images = np.load(tmp_path / "a.npz")["arr_0"].transpose(0, 3, 1, 2)
+    assert np.array_equal(images, quantise(floats["x"], "truncate").numpy())
+    for name in ("a.zip", "folder"):
+        data = ImageZip(str(tmp_path / name))
+        assert np.array_equal(data.read(torch.arange(20)).numpy(), images)
+        assert torch.equal(data.labels, floats["labels"])
+    words = (*seeds, "--quantisation", "floor", "--out", tmp_path / "b.npz")
+    assert call("sample", digits_run, *words)[0] == 0
+    darker = np.load(tmp_path / "b.npz")["arr_0"].transpose(0, 3, 1, 2)
+    assert np.array_equal(darker, quantise(floats["x"], "floor").numpy())
+    assert not np.array_equal(darker, images)
+
+
+def stop_after(monkeypatch, count):
+    """Have the interpreter interrupted before so many batches and one were computed."""
+    calls, sample = [], Model.sample
+
+    def until(self, *args, **kwargs):
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return sample(self, *args, **kwargs)
+
+    monkeypatch.setattr(Model, "sample", until)
+    return calls
+
+
+def test_interrupted_sampling_goes_on(call, run_dir, tmp_path, monkeypatch):
+    words = ("sample", run_dir, "--seeds", "0-99", "--batch", "10")
+    assert call(*words, "--out", tmp_path / "straight.safetensors")[0] == 0
+    with monkeypatch.context() as patched:
+        stop_after(patched, 4)
+        assert call(*words, "--out", tmp_path / "a.safetensors")[0] == 130
+    assert not (tmp_path / "a.safetensors").exists()
+    with monkeypatch.context() as patched:
+        calls = stop_after(patched, -1)
+        status, _, err = call(*words, "--out", tmp_path / "a.safetensors")
+    assert status == 0
+    assert [args[0] for args in calls] == [range(n, n + 10) for n in range(40, 100, 10)]
+    assert err[-1].startswith("samples: 100 of 100 samples")
+    a, b = (load_file(tmp_path / f"{name}.safetensors") for name in ("a", "straight"))
+    assert torch.equal(a["x"], b["x"])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_interrupted_evaluation_goes_on_and_samples_stay_where_asked(
+    call, run_dir, tmp_path, monkeypatch
+):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    shutil.rmtree(run / "samples", ignore_errors=True)
+    words = ("evaluate", run, "evaluation.samples=40", "evaluation.batch_size=10")
+    with monkeypatch.context() as patched:
+        stop_after(patched, 6)  # in two steps
+        assert call(*words)[0] == 130
+    assert len(list((run / "samples").glob("*/*.safetensors"))) == 6
+    with monkeypatch.context() as patched:
+        calls = stop_after(patched, -1)
+        assert call(*words)[0] == 0
+    assert [args[0] for args in calls if len(args[0]) == 10] == [range(20, 30), range(30, 40)]
+    assert [path for path in (run / "samples").iterdir() if path.is_dir()] == []
+    assert call(*words, "--keep-samples")[0] == 0
+    with monkeypatch.context() as patched:
+        calls = stop_after(patched, -1)
+        assert call(*words)[0] == 0
+    assert [args for args in calls if len(args[0]) == 10] == []
+    assert len(list((run / "samples").glob("*/about.json"))) == 2
+
+
+def test_every_set_of_weights_is_measured(call, run_dir, tmp_path):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    (run / "results.json").unlink(missing_ok=True)
+    words = ("evaluation.samples=20", "evaluation.steps=[1]", "--weights", "all")
+    status, _, err = call("evaluate", run, *words)
+    assert status == 0
+    assert [line.split(", ")[0] for line in err] == ["ema_0.9", "ema_std0.1", "student"]
+    rows = read(run / "results.json")
+    assert [row.weights for row in rows] == ["ema_0.9", "ema_std0.1", "student"]
+    assert len({row.value for row in rows}) == 3
+
+
+def test_bench_sampling_of_a_run_and_a_configuration(call, digits_run, tmp_path):
+    few = ("--batch", "2", "--repeats", "1", "--ancestral", "3", "--clock", "cpu")
+    status, out, err = call("bench-sampling", digits_run, *few)
+    assert (status, err) == (0, [])
+    assert "batches of 2, fp32, random weights; " in out.splitlines()[0]
+    assert "3 of 1,000" in out
+    (tmp_path / "runs").mkdir()
+    save_yaml(digits(), tmp_path / "config.yaml")
+    words = ("--config", tmp_path / "config.yaml", "network.model.channels=16")
+    status, out, _ = call("bench-sampling", *words, *few, "--format", "json")
+    assert status == 0
+    records = json.loads(out)
+    assert [record["nfe"] for record in records] == [1, 2, 4, 8, 35, 1000]
+    assert all(record["images_per_second"] > 0 for record in records)
 
 
 def test_evaluate_records_and_compare_shows(call, run_dir):
     status, out, err = call("evaluate", run_dir, "evaluation.samples=32", "--weights", "student")
     assert status == 0
-    assert err[-1].endswith("2 steps: 32 of 32 samples")
+    assert err[-1].startswith("2 steps: 32 of 32 samples")
     rows = read(run_dir / "results.json")
     assert [(r.metric, r.steps, r.samples, r.weights, r.step) for r in rows] == [
         ("energy_distance", 1, 32, "student", 6),
@@ -356,7 +498,17 @@ def test_evaluate_records_and_compare_shows(call, run_dir):
     assert sorted(r.samples for r in rows) == [32, 32, 64]
     status, out, _ = call("compare", run_dir.parent)
     assert status == 0
-    assert "tiny_toy: CM on gaussian_mixture2d, student" in out
+    assert "tiny_toy: CM on gaussian_mixture2d, ToyMLP, student" in out
+    words = ("--measured", "--name", "tiny_*", "--steps", "1,2", "--sort", "steps", "--reverse")
+    status, out, _ = call("compare", run_dir.parent, *words)
+    assert status == 0
+    assert re.findall(r"energy distance +(\d)", out)[:2] == ["2", "1"]
+    assert "cm_cifar10" not in out
+    status, out, _ = call("compare", run_dir.parent, "--overview", "--format", "markdown")
+    assert "| run | method | 1 step | 2 steps | images | training |" in out
+    status, out, _ = call("compare", run_dir.parent, "--out", run_dir.parent / "table.csv")
+    assert out == f"written to {run_dir.parent / 'table.csv'}\n"
+    assert (run_dir.parent / "table.csv").read_text().startswith("experiment,method,dataset")
 
 
 def test_compare_lists_what_is_expected_when_there_is_nothing(call, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from data_files import write_cifar10_python
 from fastflow import cli
-from fastflow.evaluation.extractors import InceptionV3
+from fastflow.evaluation.extractors import Extracted, InceptionV3
 from fastflow.evaluation.results import read
 
 ROOT = Path(__file__).parents[2]
@@ -98,10 +98,14 @@ class Patches:
     """Stands in for Inception: means over patches of 8x8."""
 
     name, weights_hash, dim, quantisation = "patch means", "0" * 64, 48, ""
+    dtype, classes, frechet = torch.float64, 0, "fid"
+
+    def require(self, shape):
+        assert shape == (3, 32, 32)
 
     def __call__(self, images):
         assert images.dtype == torch.uint8
-        return torch.nn.functional.avg_pool2d(images.double(), 8).flatten(1)
+        return Extracted(torch.nn.functional.avg_pool2d(images.double(), 8).flatten(1))
 
 
 EVALUATE = ("evaluation.samples=64", "evaluation.steps=[1,2]", "evaluation.blocks=2")

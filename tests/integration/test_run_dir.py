@@ -79,7 +79,7 @@ def test_what_does_not_change_the_weights_may_differ(run_dir, tmp_path):
             seed=3,
             blocks=2,
             batch_size=7,
-            quantisation="round",
+            quantisation="floor",
         ),
         expected=(Expected(steps=1, value=3.0, source="somewhere"),),
         published={"lr": "1"},
@@ -91,9 +91,10 @@ def test_what_does_not_change_the_weights_may_differ(run_dir, tmp_path):
 
 
 def test_a_refused_start_does_not_rename_the_run(run_dir):
-    """A damaged checkpoint is found before the stored experiment is replaced."""
+    """That no checkpoint is good is found before the stored experiment is replaced."""
     stored = (run_dir / "experiment.yaml").read_bytes()
-    (run_dir / "checkpoints" / "step_00000005" / ".metadata").unlink()
+    for folder in (run_dir / "checkpoints").glob("step_*"):
+        (folder / ".metadata").unlink()
     with pytest.raises(CheckpointError):
         Trainer(without_observers(toy()), run_dir)
     assert (run_dir / "experiment.yaml").read_bytes() == stored
@@ -117,7 +118,14 @@ def test_foreign_directories_are_refused(tmp_path):
             Trainer(toy(), path)
     (tmp_path / "empty").mkdir()
     Trainer(toy(), tmp_path / "empty")
-    assert [p.name for p in (tmp_path / "empty").iterdir()] == ["experiment.yaml"]
+    assert {p.name for p in (tmp_path / "empty").iterdir()} == {"experiment.yaml", ".lock"}
+
+
+def test_what_a_run_leaves_that_was_killed_at_once_is_no_foreign_directory(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in (".lock", ".experiment.yaml.partial"):
+        (tmp_path / "run" / name).write_text("")
+    assert train(toy(steps=1), tmp_path / "run").step == 1
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):

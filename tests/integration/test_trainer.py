@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pkgutil
+import re
 import signal
 import traceback
 
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import callbacks
 from callbacks.checkpoint import CheckpointCallback
 from callbacks.curves import Curves
+from callbacks.early_metrics import EarlyMetrics
 from callbacks.ema import EMACallback
 from callbacks.jsonl_log import JsonlLog
 from callbacks.loss_by_time import LossByTime
@@ -33,7 +35,8 @@ from fastflow.consistency import GridPairing
 from fastflow.data.digits import Digits
 from fastflow.data.toy import GaussianMixture2D
 from fastflow.ema import ConstantEMA
-from fastflow.errors import ConfigError, DivergenceError
+from fastflow.errors import ConfigError, DataError, DivergenceError
+from fastflow.evaluation.toy_metrics import EnergyDistance
 from fastflow.experiment import Parallel
 from fastflow.method import Frozen
 from fastflow.network import Network
@@ -116,6 +119,9 @@ WATCHERS = (
     lazy(ModelSummary, counter="fvcore"),
     lazy(LossByTime, every=2),
     lazy(MemoryUse, every=1),
+    lazy(
+        EarlyMetrics, every=2, samples=20, steps=(1, 2), metrics=(EnergyDistance(),), keep_best=True
+    ),
     lazy(ProgressBar, seconds=1e-9),
     lazy(JsonlLog, every=1),
     lazy(TensorBoardLog, every=2),
@@ -136,6 +142,7 @@ def test_removing_every_observer_leaves_the_weights_bit_identical(make, tmp_path
     assert_same(train(watched, tmp_path / "watched"), train(plain, tmp_path / "plain"))
     written = {path.name for path in (tmp_path / "watched").iterdir()}
     assert {"log.jsonl", "samples", "curves.png", "loss_by_time.jsonl", "model.txt"} <= written
+    assert {"early_results.jsonl", "weights_best"} <= written
     assert len(list((tmp_path / "watched" / "samples").iterdir())) == 3
 
 
@@ -231,7 +238,9 @@ def test_a_signal_lets_the_step_finish_and_saves(number, tmp_path, capsys):
     trainer.observers.append(Kill())
     state = trainer.fit()
     assert (state.step, state.stop) == (3, number.name)
-    assert "stopping after this step; once more aborts" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count(f"{number.name}: stopping after this step") == 1
+    assert ("once more aborts" in said) == (number == signal.SIGINT)
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000003"
     assert not (tmp_path / "run" / "weights").exists()
     assert signal.getsignal(number) is before
@@ -251,6 +260,21 @@ def test_a_second_interrupt_aborts(tmp_path):
         trainer.fit()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_more_of_sigterm_change_nothing(tmp_path):
+    """Schedulers send it to every process, and launchers pass it on."""
+
+    class Kill(Observer):
+        def after_step(self, state):
+            if state.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = Trainer(toy(), tmp_path / "run")
+    trainer.observers.append(Kill())
+    assert trainer.fit().stop == "SIGTERM"
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000003"
 
 
 def test_a_signal_before_the_first_step_saves_nothing(tmp_path):
@@ -295,6 +319,51 @@ def test_divergence_in_the_step_of_a_checkpoint_is_not_saved(tmp_path):
     with pytest.raises(DivergenceError, match="step 4:"):
         trainer.fit()
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# Data that fails
+
+
+class Killed(GaussianMixture2D):
+    """Fetched in a background process, which is killed at one of the batches."""
+
+    decodes = True
+
+    def fetch(self, indices):
+        if indices.tolist() == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().fetch(indices)
+
+
+def test_a_killed_worker_is_named_wherever_training_is(tmp_path):
+    """Torch interrupts whatever the process does, not only the wait for the next batch."""
+    trainer = Trainer(without_observers(toy(steps=500)), tmp_path / "run")
+    dataset = Killed(modes=4, size=200)
+    dataset.last = trainer.loader.indices(20).tolist()
+    trainer.loader.dataset = dataset
+    with pytest.raises(DataError, match=r"^gaussian_mixture2d: a background worker failed: .*Kill"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (DataError("cats.zip: image 7.png is unreadable"), "7.png is unreadable (sample 7 of gau"),
+        (ValueError("not\na PNG"), "sample 7 cannot be read: ValueError: not a PNG"),
+    ],
+    ids=["file", "other"],
+)
+def test_a_bad_sample_is_named_with_its_file_and_index(tmp_path, error, text):
+    class Bad(GaussianMixture2D):
+        def fetch(self, indices):
+            if 7 in indices.tolist():
+                raise error
+            return super().fetch(indices)
+
+    trainer = Trainer(without_observers(toy(steps=500)), tmp_path / "run")
+    trainer.loader.dataset = Bad(modes=4, size=200)
+    with pytest.raises(DataError, match=re.escape(text)):
+        trainer.fit()
 
 
 # What is refused before anything is written

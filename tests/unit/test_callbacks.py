@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from callbacks.curves import Curves
 from callbacks.ema import EMACallback
 from callbacks.grad_clip import GradClipCallback
 from callbacks.jsonl_log import JsonlLog
-from callbacks.loss_by_time import LossByTime
+from callbacks.loss_by_time import LossByTime, _even_edges
 from callbacks.memory import MemoryUse
 from callbacks.model_summary import ModelSummary
 from callbacks.nonfinite import PATIENCE, NonFiniteGuard
@@ -34,10 +35,12 @@ from callbacks.sample_grid import SampleGrid
 from callbacks.tensorboard_log import TensorBoardLog
 from callbacks.wandb_log import WandbLog
 from fastflow.callback import Callback, Driver, Observer
+from fastflow.checkpoint import Keep
 from fastflow.config import build, lazy
 from fastflow.ema import ConstantEMA, PowerEMA
 from fastflow.errors import ConfigError, DivergenceError, MissingPackageError
 from fastflow.method import Loss
+from fastflow.path import Linear, TrigFlow
 from fastflow.posthoc import reconstruct
 from fastflow.schedules import RatioStages
 
@@ -95,6 +98,8 @@ def test_every_callback_is_made_from_a_configuration() -> None:
         (NonFiniteGuard, {"action": "ignore"}, "action"),
         (GradClipCallback, {"max_norm": 0.0}, "max_norm: 0"),
         (CheckpointCallback, {"every": 0}, "CheckpointCallback.every: 0"),
+        (CheckpointCallback, {"every": 2, "keep_every": 0}, "keep_every: 0 given"),
+        (CheckpointCallback, {"every": 2, "keep_every": 3}, "keep_every: 3 .* multiple of every=2"),
         (JsonlLog, {"every": 0}, "JsonlLog.every: 0"),
         (TensorBoardLog, {"every": 0}, "TensorBoardLog.every: 0"),
         (WandbLog, {"every": 0}, "WandbLog.every: 0"),
@@ -213,10 +218,8 @@ def test_the_guard_names_step_parameter_and_metrics(tmp_path: Path, value: float
 
 def test_the_guard_sees_a_bad_loss_and_names_the_last_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "step_00000001"
-    folder.mkdir(parents=True)
-    (folder / "meta.json").write_text("{}")
-    (tmp_path / "checkpoints" / "latest").write_text(folder.name)
     state = make_state(tmp_path)
+    state.saver = SimpleNamespace(last_saved=lambda: folder)
     guard = NonFiniteGuard(every=1)
 
     def bad_loss(state) -> None:
@@ -413,9 +416,10 @@ def test_guard_and_clipping_work_on_shards(tmp_path: Path) -> None:
 def test_checkpoints_are_due_every_so_many_steps(tmp_path: Path) -> None:
     state = make_state(tmp_path)
     saved = []
-    state.saver = lambda: saved.append(state.step) or tmp_path
-    run(state, [CheckpointCallback(every=3)], 8)
-    assert saved == [3, 6]  # the trainer itself saves where it stops
+    state.saver = SimpleNamespace(save=lambda keep: saved.append((state.step, keep)))
+    run(state, [CheckpointCallback(every=3, keep=2, keep_every=6)], 8)
+    keep = Keep(newest=2, every=6)
+    assert saved == [(3, keep), (6, keep)]  # the trainer itself saves where it stops
 
 
 def test_the_log_holds_means_speed_and_curriculum(tmp_path: Path) -> None:
@@ -476,6 +480,15 @@ def test_loss_by_time_divides_the_range_of_the_path(tmp_path: Path) -> None:
     assert len(edges) == 7
     ratios = np.diff(np.log([path.t_min, *edges, path.t_max]))
     np.testing.assert_allclose(ratios, ratios[0])
+
+
+@pytest.mark.parametrize("path", [Linear(), TrigFlow(sigma_data=0.5)], ids=repr)
+def test_loss_by_time_divides_a_path_that_starts_at_pure_data(path) -> None:
+    edges = _even_edges(SimpleNamespace(method=SimpleNamespace(path=path)))
+    assert len(edges) == 7
+    assert path.t_min < min(edges) < max(edges) < path.t_max
+    ratios = np.diff(np.log(path.nsr(torch.tensor(edges, dtype=torch.float64))))
+    np.testing.assert_allclose(ratios, np.log(80 / 0.002) / 8)
 
 
 def test_memory_reaches_the_log(tmp_path: Path) -> None:

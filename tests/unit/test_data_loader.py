@@ -209,7 +209,7 @@ def test_workers_change_nothing():
 def test_an_unreadable_sample_is_named_on_one_line(workers):
     with pytest.raises(DataError) as error:
         take(loader(Decoded(corrupt=6), workers=workers).batches(), 3)
-    assert str(error.value) == "decoded: image img6.png is unreadable"
+    assert str(error.value) == "decoded: image img6.png is unreadable (sample 6 of decoded)"
 
 
 def test_a_dead_worker_is_an_error_not_a_hang():

@@ -72,12 +72,13 @@ def test_levels():
 
 def test_features_are_the_same_from_bytes_and_floats():
     net = DigitFeatureNet()
-    features = net(IMAGES[:50])
-    assert features.shape == (50, 64)
-    assert features.dtype == torch.float64
-    for rule in ("truncate", "round"):
-        torch.testing.assert_close(net(quantise(IMAGES[:50], rule)), features)
-    torch.testing.assert_close(net(IMAGES[10:11]), features[10:11], rtol=1e-12, atol=1e-12)
+    features, logits = net(IMAGES[:50])
+    assert features.shape == (50, net.dim) == (50, 64)
+    assert features.dtype == logits.dtype == net.dtype == torch.float64
+    assert (logits.argmax(1) == LABELS[:50]).all()
+    for rule in ("truncate", "floor"):  # both are finer than the 17 levels
+        torch.testing.assert_close(net(quantise(IMAGES[:50], rule)).features, features)
+    torch.testing.assert_close(net(IMAGES[10:11]).features, features[10:11], rtol=1e-12, atol=1e-12)
     with pytest.raises(DataError, match="InceptionV3"):
         net(torch.zeros(2, 3, 8, 8))
 

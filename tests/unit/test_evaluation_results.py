@@ -6,7 +6,7 @@ import pytest
 from evaluation_fakes import ROW
 from fastflow.distributed import World
 from fastflow.errors import DataError
-from fastflow.evaluation.results import Result, commit, read, record
+from fastflow.evaluation.results import Result, commit, improves, read, record
 
 
 def test_rows_come_back_as_they_were(tmp_path):
@@ -50,6 +50,29 @@ def test_labels_name_the_number_of_samples():
     assert label(samples=49_999) == "FID-49999"
     assert label(metric="fid_half", samples=898) == "FID half-898"
     assert label(metric="energy_distance") == "energy distance"
+    few = {"samples": 10_000}
+    assert label(metric="fd_dinov2", **few) == "FD-DINOv2-10k"
+    assert label(metric="fd_of_mine", **few) == "fd of mine-10k"
+    assert label(metric="inception_score", **few) == "IS-10k"
+    assert label(metric="recall", **few) == "recall-10k"
+
+
+def test_the_better_of_two_values():
+    assert improves(2.0, 3.0, "lower")
+    assert improves(0.8, 0.7, "higher")
+    assert not improves(0.7, 0.7, "higher")
+    assert not improves(3.0, 3.0, "lower")
+    assert ROW.best == 2.95
+    assert dataclasses.replace(ROW, better="higher").best == 3.05
+
+
+def test_rows_without_a_direction_are_of_metrics_where_lower_is_better(tmp_path):
+    path = record(tmp_path, [ROW])
+    content = json.loads(path.read_text())
+    for name in ("better", "spread"):
+        del content["results"][0][name]
+    path.write_text(json.dumps(content))
+    assert read(path) == [ROW]
 
 
 @pytest.mark.parametrize(

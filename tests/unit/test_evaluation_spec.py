@@ -25,7 +25,7 @@ def test_defaults_follow_the_convention():
         ({"seed": -1}, "evaluation.seed"),
         ({"times": {2: (0.8, 0.3)}}, "evaluation.times.2"),
         ({"times": {3: (0.3, 0.8)}}, "decreasing"),
-        ({"quantisation": "floor"}, "quantisation"),
+        ({"quantisation": "ceil"}, "quantisation"),
         ({"metrics": (3,)}, "metrics"),
     ],
 )

@@ -20,7 +20,7 @@ from fastflow.data.toy import Gaussian2D
 from fastflow.ema import ConstantEMA
 from fastflow.errors import ConfigError
 from fastflow.generate import generate, step_times
-from fastflow.pictures import grid, save_panels, save_samples, to_bytes
+from fastflow.pictures import grid, save_panels, save_rows, save_samples, to_bytes
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -67,6 +67,22 @@ def test_panels_stand_side_by_side_under_their_titles(tmp_path: Path) -> None:
     assert (array[:24, :60] < 100).any(), "a title"
     assert (array[60, 30] == 128).all()
     assert [p.name for p in path.parent.iterdir()] == ["a.png"], "no partial file is left"
+
+
+def test_rows_stand_under_each_other_beside_their_names(tmp_path: Path) -> None:
+    panel = {"1 step": torch.zeros(4, 1, 8, 8), "2 steps": torch.ones(4, 1, 8, 8)}
+    save_rows({"short": panel, "much longer": panel}, tmp_path / "a.png", columns=4)
+    array = pixels(tmp_path / "a.png")
+    across, down = 4 * 34 + 2, 34 + 2  # factor 4, a gap of 2
+    left = array.shape[1] - 2 * (across + 8)
+    assert left > 70
+    assert array.shape[0] == 8 + 24 + 2 * (down + 8)
+    for row in range(2):
+        middle = 8 + 24 + row * (down + 8) + 10
+        assert (array[middle, left + 10] == 128).all()
+        assert (array[middle, left + across + 8 + 10] == 255).all()
+        assert (array[middle : middle + 16, : left - 8] < 100).any(), "a name"
+    assert (array[:32, left : left + 60] < 100).any(), "a title"
 
 
 def test_points_are_drawn_as_clouds(tmp_path: Path) -> None:
