@@ -10,7 +10,7 @@ CHECKED = fastflow methods networks callbacks configs tests benchmarks tools tra
 STAMP = $(VENV)/.fastflow-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-dist test-slow test-gpu lint format types bench bench-digits bench-toy \
+.PHONY: help setup demo test test-dist test-faults test-slow test-gpu lint format types bench bench-digits bench-toy \
     docs check clean
 
 help: ## list the targets
@@ -37,10 +37,13 @@ test: $(STAMP) ## the tests that need neither GPU nor patience
 	$(PYTEST) -q $(PARALLEL)
 
 test-dist: $(STAMP) ## the tests that start several processes
-	$(PYTEST) -q -m "dist and not slow and not gpu"
+	$(PYTEST) -q -m "dist and not slow and not gpu and not faults"
+
+test-faults: $(STAMP) ## the soak: hundreds of trainings killed, dozens of checkpoints damaged
+	$(PYTEST) -q -m faults --timeout 3600
 
 test-slow: $(STAMP) ## the tests that take minutes
-	$(PYTEST) -q -m "slow and not gpu" --timeout 3600
+	$(PYTEST) -q -m "slow and not gpu and not faults" --timeout 3600
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(PYTEST) -q -m gpu --timeout 3600
