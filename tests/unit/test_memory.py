@@ -83,6 +83,11 @@ def test_what_fits() -> None:
         ((need(fixed=58), need(8, fixed=20, per_sample=0)), 30, "parallel.shard=8"),
         ((need(), need(1, True, fixed=7, per_sample=0)), 16, "parallel.checkpoint=true"),
         (
+            (need(fixed=90), need(8), need(1, True, fixed=7, per_sample=0)),
+            60,
+            "parallel.checkpoint=true",
+        ),
+        (
             (need(fixed=58), need(8, True, fixed=10)),
             60,
             "parallel.micro_batch=32 parallel.shard=8 parallel.checkpoint=true",
