@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -116,8 +117,6 @@ def bench(folder: Path, at_once: int) -> int:
     if runs:
         for path in report(lines, runs, RUNS / f"report-{folder.resolve().name.lower()}"):
             print(f"written to {path}")
-    minutes = [f"{run.experiment} {run.rows[0].train_seconds / 60:.1f}" for run in runs]
-    _say(f"minutes of training on one core: {', '.join(minutes) or 'none'}")
     return 1 if failures else 0
 
 
@@ -253,9 +252,12 @@ def work(jobs: Sequence[Job], at_once: int, logs: Path) -> list[str]:
                     waiting.remove(job)
                     call(job, 0)
             for place, (job, number, process) in list(running.items()):
+                before = _spent_by_children()
                 status = process.poll()
                 if status is None:
                     continue
+                minutes = (_spent_by_children() - before) / 60  # of this one, which poll waited for
+                _say(f"{job.calls[number][0]} {job.run_dir}: {minutes:.1f} CPU minutes")
                 del running[place]
                 if status != 0:
                     what = f"{job.calls[number][0]} ended with status {status}"
@@ -271,6 +273,12 @@ def work(jobs: Sequence[Job], at_once: int, logs: Path) -> list[str]:
         for _, _, process in running.values():
             process.wait()
     return list(lost.values())
+
+
+def _spent_by_children() -> float:
+    """CPU seconds of all processes that we started and that have ended."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def _log(logs: Path, job: Job) -> Path:

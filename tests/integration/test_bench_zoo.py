@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -336,5 +337,8 @@ def test_in_processes_of_their_own_and_stopped(folder):
     assert "cd: CM on gaussian_mixture2d" in done.stdout
     assert "minutes" not in done.stdout
     assert "minutes of wall time" in done.stderr
+    spent = re.findall(r"train runs/(\w+): (\d+\.\d) CPU minutes", done.stderr)
+    assert {name for name, _ in spent} == {"cd", "edm"}
+    assert all(0 < float(minutes) < 2 for _, minutes in spent)
     threads = {json.dumps(row.hardware) for row in read(Path("runs/cd/results.json"))}
     assert all(", 1 threads" in text for text in threads)
