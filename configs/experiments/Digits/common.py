@@ -1,6 +1,6 @@
 """What every digits experiment has in common, so that methods can be compared at equal budgets.
 
-scikit-learn's 8x8 digits with class labels; a DDPM++ of 0.4 million parameters; batches of 128;
+scikit-learn's 8x8 digits with class labels; a DDPM++ of 0.3 million parameters; batches of 128;
 the FID of one-, two- and four-step samples in the features of a small digit classifier, beside the
 FID between two halves of the real digits.
 """
