@@ -30,7 +30,7 @@ demo: export OMP_WAIT_POLICY = passive
 demo: $(STAMP) ## train a consistency model on the digits, evaluate it, compare it; minutes on a CPU
 	$(VENV)/bin/fastflow train --config configs/experiments/Digits/config_cm_digits.py --run-dir runs/demo
 	$(VENV)/bin/fastflow evaluate runs/demo
-	$(VENV)/bin/fastflow compare runs
+	$(VENV)/bin/fastflow compare runs --measured
 	@echo "pictures:"; find runs/demo -name '*.png' | sort | sed 's/^/  /'
 
 test: $(STAMP) ## the tests that need neither GPU nor patience
